@@ -1,0 +1,1 @@
+"""Site configurations: one commented YAML file per kind of site."""

@@ -1,0 +1,1 @@
+"""State to boxes to shards to manifest, and back. Knows no scheduler."""

@@ -1,0 +1,1 @@
+"""Login node: from a function or command to a job."""

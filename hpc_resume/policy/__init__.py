@@ -1,0 +1,1 @@
+"""Pure functions on numbers and records: no I/O, no clock of their own."""

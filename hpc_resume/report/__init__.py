@@ -1,0 +1,1 @@
+"""Reads run directories: status, tables, figures. Never writes into them."""

@@ -1,0 +1,1 @@
+"""Compute node: a training run inside its job."""

@@ -1,0 +1,1 @@
+"""All that a scheduler says or is told. Knows no torch."""

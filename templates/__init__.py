@@ -1,0 +1,1 @@
+"""Sbatch templates, found by :mod:`hpc_resume.launch.script`."""
