@@ -1,0 +1,159 @@
+"""The run directory: which file lies where, and who the run is.
+
+::
+
+    RUN_DIR/
+      run.json                     identity, written once
+      configs/DIGEST.yaml          every resolved configuration that was ever used
+      attempts/0003/               one per allocation
+        attempt.json  events.jsonl  metrics-rank-00000.jsonl  rank-00007.log
+        staging/0000012000/        a checkpoint that is being written; moved away when committed
+      checkpoints/0000012000-3f9a1c2e/   manifest.json, rank-00000-of-00004.h5: committed, immutable
+      quarantine/                  what failed verification, kept with the reason
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_resume.errors import CheckpointNotFound, IntegrityError
+from hpc_resume.files import DISK, Clock, Filesystem, JsonObject
+
+SCHEMA = 1
+_ATTEMPT = re.compile(r"\d{4,}")
+_CHECKPOINT = re.compile(r"(\d{10,})-([0-9a-f]{8})")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths of one run.
+
+    Parameters
+    ----------
+    root
+        The folder; it need not exist until :meth:`create`.
+    """
+
+    root: Path
+
+    @property
+    def identity_path(self) -> Path:
+        """``run.json``."""
+        return self.root / "run.json"
+
+    @property
+    def attempts(self) -> Path:
+        """Folder of attempts."""
+        return self.root / "attempts"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of committed checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def quarantine(self) -> Path:
+        """Folder of what failed verification."""
+        return self.root / "quarantine"
+
+    @property
+    def configs(self) -> Path:
+        """Folder of resolved configurations."""
+        return self.root / "configs"
+
+    def attempt(self, number: int) -> Path:
+        """Folder of one attempt."""
+        return self.attempts / f"{number:04d}"
+
+    def create(self, name: str, *, fs: Filesystem = DISK, clock: Clock = time.time) -> JsonObject:
+        """Make the folders and ``run.json`` if they are not there yet.
+
+        Safe when several processes do it at once: the first identity that is linked in place stays.
+
+        Returns
+        -------
+        dict
+            The identity: ``run_id``, ``name``, ``created`` (Unix seconds), ``schema``.
+        """
+        for folder in (self.attempts, self.checkpoints, self.quarantine, self.configs):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not self.identity_path.exists():
+            identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "name": name, "created": clock()}
+            draft = self.root / f".run.json.{uuid.uuid4().hex}"
+            fs.write_file(draft, json.dumps(identity, indent=1).encode())
+            try:
+                os.link(draft, self.identity_path)  # unlike a rename, a link never replaces
+            except FileExistsError:
+                pass
+            finally:
+                draft.unlink()
+            fs.fsync_dir(self.root)
+        return self.identity()
+
+    def identity(self) -> JsonObject:
+        """Read ``run.json``.
+
+        Raises
+        ------
+        CheckpointNotFound
+            If the folder is no run directory.
+        IntegrityError
+            If the file is damaged.
+        """
+        try:
+            identity = json.loads(self.identity_path.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointNotFound(
+                f"{self.root}: no run directory (there is no run.json in it); "
+                "give the folder that was passed as run_dir, or list one: ls runs/"
+            ) from None
+        except ValueError as error:
+            raise IntegrityError(f"{self.identity_path}: damaged ({error})") from error
+        if not isinstance(identity, dict) or not isinstance(identity.get("run_id"), str):
+            raise IntegrityError(f"{self.identity_path}: damaged (no run_id)")
+        if identity.get("schema") != SCHEMA:
+            raise IntegrityError(
+                f"{self.identity_path}: schema {identity.get('schema')!r}, but this version reads {SCHEMA}"
+            )
+        return identity
+
+    def attempt_numbers(self) -> list[int]:
+        """Numbers of the attempts that have begun, ascending."""
+        try:
+            names = os.listdir(self.attempts)  # noqa: PTH208 - names are all that is needed
+        except FileNotFoundError:
+            return []
+        return sorted(int(name) for name in names if _ATTEMPT.fullmatch(name))
+
+    def checkpoint_names(self) -> list[str]:
+        """Names in ``checkpoints/`` that look like a checkpoint, by ascending step."""
+        try:
+            names = os.listdir(self.checkpoints)  # noqa: PTH208 - as above
+        except FileNotFoundError:
+            return []
+        return sorted((name for name in names if _CHECKPOINT.fullmatch(name)), key=checkpoint_step)
+
+
+def checkpoint_name(step: int, content_id: str) -> str:
+    """Name of a checkpoint's folder: the step, then the first eight digits of the content id."""
+    return f"{step:010d}-{content_id[:8]}"
+
+
+def checkpoint_step(name: str) -> int:
+    """Step of a checkpoint, from its folder's name.
+
+    Raises
+    ------
+    ValueError
+        If it is no such name.
+    """
+    match = _CHECKPOINT.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is no checkpoint name (step, dash, eight hex digits)")
+    return int(match[1])
