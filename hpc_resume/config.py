@@ -1,0 +1,390 @@
+"""Settings: from YAML files, ``HPC_RESUME_*`` variables and flags to one frozen record.
+
+A flag beats an environment variable, which beats a file (a later file beats an earlier one), which beats the
+default. What can't be is refused here, before anything is written or submitted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from hpc_resume.errors import ConfigError
+from hpc_resume.files import DISK, Filesystem
+from hpc_resume.rundir import RunDirectory
+from hpc_resume.values import merge, parse_value, put, read_yaml
+
+PREFIX = "HPC_RESUME_"
+#: Variables with our prefix that launchers set and that are no settings.
+WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH"})
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+def _seconds(value: object) -> object:
+    """Read Slurm's spellings of a time (``D-HH:MM:SS``, ``HH:MM:SS``, ``MM:SS``); numbers are seconds.
+
+    Source: sbatch(1), ``--time``. A bare number is left to pydantic: our settings are in seconds.
+    """
+    match = _CLOCK.fullmatch(value) if isinstance(value, str) else None
+    if match is None or not (match[1] or match[3]):
+        return value
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    if match[1] is not None or match[4] is not None:
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    return first * 60 + second
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+Lead = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        hide_input_in_errors=True,
+    )
+
+
+class NodeType(_Settings):
+    """What one allocation consists of."""
+
+    name: str = "default"
+    """What the type is called in tables and manifests."""
+    ranks: Count = 1
+    """Processes; under Slurm ``nodes`` x ``tasks_per_node``, which is filled in."""
+    nodes: Count = 1
+    tasks_per_node: Count = 1
+    cpus_per_task: Count | None = None
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    mem_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory of each node."""
+    partition: str | None = None
+    constraint: str | None = None
+    time_limit_s: Seconds | None = None
+    """Overrides the run's time limit."""
+    preempt_after_s: Seconds | None = None
+    """Embedded scheduler: preempts the attempt that long after it began."""
+    grace_s: Lead = 30.0
+    """Embedded scheduler: from the notice of a preemption to the end."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_shape(cls, values: Any) -> Any:
+        """Derive ``ranks`` from the shape, or ``tasks_per_node`` from ``ranks``."""
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        try:
+            nodes, ranks = int(filled.get("nodes", 1)), int(filled.get("ranks", 0))
+            tasks = int(filled.get("tasks_per_node", 0))
+        except (TypeError, ValueError):
+            return filled  # the fields' own checks say it better
+        if "ranks" not in filled:
+            filled["ranks"] = nodes * max(tasks, 1)
+        elif "tasks_per_node" not in filled and nodes > 0 and ranks > 0 and ranks % nodes == 0:
+            filled["tasks_per_node"] = ranks // nodes
+        return filled
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> NodeType:
+        if self.ranks != self.nodes * self.tasks_per_node:
+            raise ValueError(
+                f"ranks is {self.ranks}, but nodes x tasks_per_node is {self.nodes} x {self.tasks_per_node}; "
+                "give nodes and tasks_per_node only, or ranks only"
+            )
+        return self
+
+
+class SlurmSettings(_Settings):
+    """What ``sbatch`` and ``srun`` are told besides the node type."""
+
+    account: str | None = None
+    qos: str | None = None
+    exclude: str | None = None
+    nodelist: str | None = None
+    gres: str | None = None
+    requeue: bool = True
+    """Submit with ``--requeue``; off where PreemptMode=CANCEL makes it pointless."""
+    additional_parameters: dict[str, Any] = Field(default_factory=dict)
+    """Any other ``#SBATCH`` line, as name: value, without the dashes."""
+    srun_args: tuple[str, ...] = ()
+    container: tuple[str, ...] = ()
+    """Words before the command on srun's line, such as ``[apptainer, exec, --nv, image.sif]``."""
+
+
+class EnvironmentSettings(_Settings):
+    """How the processes of a job find their software."""
+
+    setup: tuple[str, ...] = ()
+    """Shell lines before the processes start: ``module load``, ``source .../activate``."""
+    python: str | None = None
+    """Interpreter of the job; without it the one that submits."""
+    variables: dict[str, str] = Field(default_factory=dict)
+
+
+class CheckpointSettings(_Settings):
+    """When a checkpoint is taken, and how it is written."""
+
+    every_steps: Count | None = None
+    every_s: Seconds | None = 600.0
+    threads: Count = 2
+    """Writing threads of each rank."""
+
+
+class StopSettings(_Settings):
+    """How long a stop may take."""
+
+    agreement_s: Seconds = 30.0
+    """For all ranks to agree on the last step."""
+    watchdog_s: Seconds = 60.0
+    """From the request to stop until it gives up waiting for a step boundary."""
+    kill_wait_s: Seconds = 30.0
+    """Embedded scheduler: from SIGTERM to SIGKILL."""
+
+
+class BudgetSettings(_Settings):
+    """How often a run is continued."""
+
+    max_idle: Count = 3
+    """Attempts in a row without progress after which the run is not continued."""
+
+
+class EntrySettings(_Settings):
+    """What is run; recorded by submit."""
+
+    target: str | None = None
+    """``file.py:function`` or ``package.module:function``."""
+    command: tuple[str, ...] = ()
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class Config(_Settings):
+    """All settings of a run; ``Config()`` is complete and valid.
+
+    Raises
+    ------
+    ConfigError
+        Naming every setting that is wrong, with the nearest right name for an unknown one.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    run_dir: str = "runs/{name}"
+    """The run's folder; ``{name}`` is filled in, a relative path starts at the submitting folder."""
+    seed: int = 0
+    scheduler: Literal["local", "slurm"] = "local"
+    time_limit_s: Seconds | None = None
+    """Length of an allocation: seconds, or as Slurm writes it, ``"1-12:00:00"``."""
+    warning_lead_s: Lead = 120.0
+    """How long before the time limit the warning signal comes."""
+    warning_signal: Literal["USR1", "USR2"] = "USR2"
+    node_types: Annotated[tuple[NodeType, ...], Field(min_length=1)] = (NodeType(),)
+    """Embedded scheduler: given in turn, the last one again and again. Slurm: the first one."""
+    slurm: SlurmSettings = SlurmSettings()
+    environment: EnvironmentSettings = EnvironmentSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    stop: StopSettings = StopSettings()
+    budget: BudgetSettings = BudgetSettings()
+    entry: EntrySettings = EntrySettings()
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, {})) from None
+
+    def __eq__(self, other: object) -> bool:
+        """Compare settings, not where they come from."""
+        return self.model_dump() == other.model_dump() if isinstance(other, Config) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    @field_validator("run_dir")
+    @classmethod
+    def _check_run_dir(cls, value: str) -> str:
+        try:
+            value.format(name="run")
+        except (LookupError, ValueError):
+            raise ValueError("only {name} can be filled in") from None
+        return value
+
+    @model_validator(mode="after")
+    def _check_times(self) -> Config:
+        for place, node_type in enumerate(self.node_types):
+            limit_s = node_type.time_limit_s or self.time_limit_s
+            if limit_s is not None and self.warning_lead_s >= limit_s:
+                whose = f"node_types.{place} ({node_type.name})" if node_type.time_limit_s else "the run"
+                raise ValueError(
+                    f"warning_lead_s is {self.warning_lead_s:g}, but the time limit of {whose} is {limit_s:g} s: "
+                    "the warning would come before the start; set warning_lead_s to what a save takes, "
+                    f"say {limit_s / 4:g}, or a longer time_limit_s"
+                )
+        return self
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | Sequence[str | Path] | None = None,
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Config:
+        """Read files, environment and flags, in ascending order of precedence.
+
+        Parameters
+        ----------
+        path
+            A YAML file, or several, a later one over an earlier one; none for defaults.
+        overrides
+            Flags: settings by dotted name (``"checkpoint.every_steps"``, ``"node_types.0.ranks"``) or nested.
+        environ
+            Where ``HPC_RESUME_*`` variables are looked up, ``__`` between levels; none are without it.
+
+        Raises
+        ------
+        ConfigError
+            If a file can't be read, or a setting is unknown or out of range.
+        """
+        paths = [] if path is None else [path] if isinstance(path, (str, Path)) else list(path)
+        values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for each in paths:
+            merge(values, read_yaml(Path(each)), str(each), origins)
+        for key, text in _variables(environ or {}):
+            put(values, key.lower().replace("__", "."), parse_value(text), f"variable {PREFIX}{key}", origins)
+        for key, value in (overrides or {}).items():
+            if isinstance(value, Mapping) and "." not in key:
+                merge(values, {key: dict(value)}, "flag", origins)
+            else:
+                put(values, key, value, "flag", origins)
+        config = cls.__new__(cls)
+        try:
+            BaseModel.__init__(config, **values)  # keeps pydantic's error, to add the origins
+        except ValidationError as error:
+            raise ConfigError(_explain(error, origins)) from None
+        config._origins.update(origins)  # noqa: SLF001 - our own
+        return config
+
+    def replace(self, **changes: Any) -> Config:
+        """Make a copy with other top-level settings, checked again; origins are kept."""
+        changed = Config(**{**self.model_dump(), **changes})
+        changed._origins.update(self._origins | dict.fromkeys(changes, "call"))
+        return changed
+
+    def origin(self, key: str) -> str:
+        """Where a setting (dotted name) comes from: ``"flag"``, ``"variable X"``, a file, or ``"default"``."""
+        parts = key.split(".")
+        for length in range(len(parts), 0, -1):
+            if (origin := self._origins.get(".".join(parts[:length]))) is not None:
+                return origin
+        return "default"
+
+    def run_directory(self, base: Path | None = None) -> Path:
+        """Absolute path of the run's folder, with ``{name}`` filled in; need not exist."""
+        return ((base or Path.cwd()) / Path(self.run_dir.format(name=self.name)).expanduser()).resolve()
+
+    def to_yaml(self) -> str:
+        """Write all settings as YAML, keys sorted: the same settings give the same text."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=True)
+
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of :meth:`to_yaml`."""
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:16]
+
+    def store(self, run: RunDirectory | Path, *, fs: Filesystem = DISK) -> Path:
+        """Write ``configs/DIGEST.yaml`` unless it is there, and return its path."""
+        folder = (run if isinstance(run, RunDirectory) else RunDirectory(run)).configs
+        path = folder / f"{self.digest()}.yaml"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            fs.write_file(path, self.to_yaml().encode())
+        return path
+
+
+def _variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Give the variables that are settings; one that is nearly a setting is an error, others are not ours."""
+    for variable in sorted(environ):
+        key = variable.removeprefix(PREFIX)
+        if key == variable or key in WORDS:
+            continue
+        first = key.lower().split("__")[0]
+        if first in Config.model_fields:
+            yield key, environ[variable]
+        elif near := difflib.get_close_matches(first, Config.model_fields, n=1, cutoff=0.75):
+            right = PREFIX + near[0].upper() + key[len(first) :]
+            raise ConfigError(f"variable {variable}: no such setting; did you mean {right}?")
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    """Say for each wrong setting where it comes from, what is wrong, and what would be right."""
+    lines = []
+    problems = error.errors(include_url=False)
+    for problem in problems:
+        location = problem["loc"]
+        if any(
+            len(other["loc"]) > len(location) > 0 and other["loc"][: len(location)] == location
+            for other in problems
+        ):
+            continue  # a list "has no items" where its only item is wrong
+        name = ".".join(str(part) for part in location)
+        origin = next(
+            (
+                origins[key]
+                for end in range(len(location), 0, -1)
+                if (key := ".".join(map(str, location[:end]))) in origins
+            ),
+            None,
+        )
+        if problem["type"] == "extra_forbidden":
+            known = _names_at(location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), known, n=1)
+            what = f"no such setting; did you mean {near[0]}?" if near else "no such setting"
+            what += f" Here are: {', '.join(known)}" if not near else ""
+        else:
+            what = (
+                problem["msg"]
+                .removeprefix("Value error, ")
+                .replace("valid tuple", "list")
+                .replace("Tuple", "List")
+            )
+            if not isinstance(problem["input"], (dict, list, BaseModel)):
+                what += f", but is {problem['input']!r}"
+        lines.append(": ".join(part for part in (origin, name, what) if part))
+    if len(lines) == 1:
+        return lines[0]
+    return f"{len(lines)} settings are wrong:\n  " + "\n  ".join(lines)
+
+
+def _names_at(location: Sequence[str | int]) -> list[str]:
+    """Names of the settings at a place of :class:`Config`."""
+    model: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation: Any = model.model_fields[part].annotation
+        for candidate in (annotation, *get_args(annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return list(model.model_fields)

@@ -1,0 +1,207 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hpc_resume.config import Config, NodeType
+from hpc_resume.errors import ConfigError
+from hpc_resume.rundir import RunDirectory
+from hpc_resume.values import parse_assignments, parse_value
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_no_settings_at_all_are_complete():
+    config = Config()
+    assert config.node_types == (NodeType(),)
+    assert Config.load() == config
+    assert config.origin("seed") == "default"
+
+
+def test_flag_beats_variable_beats_later_file_beats_earlier_file_beats_default(tmp_path):
+    site = write(tmp_path / "site.yaml", "seed: 1\ncheckpoint: {every_steps: 1, threads: 7, every_s: 9}\n")
+    run = write(tmp_path / "run.yaml", "seed: 2\ncheckpoint: {every_steps: 2}\n")
+    environ = {"HPC_RESUME_SEED": "3", "HPC_RESUME_CHECKPOINT__EVERY_STEPS": "3", "PATH": "/bin"}
+    config = Config.load([site, run], overrides={"seed": 4}, environ=environ)
+    assert (config.seed, config.checkpoint.every_steps, config.checkpoint.threads) == (4, 3, 7)
+    assert config.stop.agreement_s == 30
+    assert config.origin("seed") == "flag"
+    assert config.origin("checkpoint.every_steps") == "variable HPC_RESUME_CHECKPOINT__EVERY_STEPS"
+    assert config.origin("checkpoint.threads") == str(site)
+    assert config.origin("stop.agreement_s") == "default"
+    assert Config.load([site, run]).seed == 2
+    assert Config.load([run, site]).seed == 1
+
+
+def test_overrides_are_dotted_or_nested_and_reach_into_lists():
+    dotted = Config.load(overrides={"node_types.0.ranks": 3, "slurm.account": 17})
+    nested = Config.load(overrides={"node_types": [{"ranks": 3}], "slurm": {"account": "17"}})
+    assert dotted == nested
+    assert dotted.node_types[0].ranks == 3
+
+
+def test_overriding_does_not_touch_what_was_given():
+    given = {"slurm": {"additional_parameters": {"a": 1}}}
+    Config.load(overrides={**given, "slurm.additional_parameters.b": 2})
+    assert given == {"slurm": {"additional_parameters": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"nam": "x"}, ["nam", "did you mean name?"]),
+        ({"checkpoint": {"evry_steps": 3}}, ["checkpoint.evry_steps", "did you mean every_steps?"]),
+        ({"node_types": [{}, {"rank": 3}]}, ["node_types.1.rank", "did you mean ranks?"]),
+        ({"stop": {"qqqq": 3}}, ["stop.qqqq", "Here are: agreement_s, watchdog_s"]),
+        ({"node_types": [{"ranks": 0}]}, ["node_types.0.ranks", "greater than or equal to 1", "0"]),
+        ({"node_types": []}, ["node_types", "at least 1"]),
+        ({"node_types": [{"ranks": 3, "nodes": 2, "tasks_per_node": 4}]}, ["ranks is 3", "2 x 4"]),
+        ({"time_limit_s": 60}, ["warning_lead_s is 120", "60 s", "say 15"]),
+        ({"node_types": [{"name": "a", "time_limit_s": 60}]}, ["warning_lead_s is 120", "node_types.0 (a)"]),
+        ({"time_limit_s": "soon"}, ["time_limit_s", "soon"]),
+        ({"time_limit_s": float("nan")}, ["time_limit_s", "finite"]),
+        ({"name": "a/b"}, ["name", "a/b"]),
+        ({"run_dir": "runs/{user}"}, ["run_dir", "only {name}"]),
+        ({"scheduler": "pbs"}, ["scheduler", "'local' or 'slurm'", "pbs"]),
+        ({"environment": {"setup": "module load x"}}, ["environment.setup", "list", "module load x"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_would_be_right(values, words):
+    with pytest.raises(ConfigError) as caught:
+        Config(**values)
+    for word in words:
+        assert word in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_every_problem_is_listed_once_with_its_origin(tmp_path):
+    path = write(tmp_path / "a.yaml", "sed: 1\nnode_types: [{ranks: 0}]\n")
+    with pytest.raises(ConfigError) as caught:
+        Config.load(path, overrides={"checkpoint.threads": 0})
+    message = str(caught.value)
+    assert message.startswith("3 settings are wrong:")
+    assert f"{path}: sed: no such setting; did you mean seed?" in message
+    assert "flag: checkpoint.threads" in message
+
+
+def test_a_nearly_right_variable_is_refused_and_foreign_ones_are_not_ours():
+    with pytest.raises(ConfigError, match="did you mean HPC_RESUME_CHECKPOINT__EVERY_STEPS"):
+        Config.load(environ={"HPC_RESUME_CHEKPOINT__EVERY_STEPS": "3"})
+    foreign = {"HPC_RESUME_JOB_STATE": "x", "HPC_RESUME_CONFIG": "y", "HPC_RESUME_BENCH": "1", "HOME": "/"}
+    assert Config.load(environ=foreign) == Config()
+
+
+def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path):
+    write(tmp_path / "local.yaml", "")
+    with pytest.raises(
+        ConfigError, match=r"locl\.yaml: no such configuration file; did you mean .*local\.yaml"
+    ):
+        Config.load(tmp_path / "locl.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just words", "seed: 1\nseed: 2\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"a\.yaml"):
+        Config.load(write(tmp_path / "a.yaml", text))
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    assert Config.load(write(tmp_path / "a.yaml", "# nothing\n")) == Config()
+
+
+@pytest.mark.parametrize(
+    ("spelling", "seconds"),
+    [(90, 90), ("90", 90), ("1:30", 90), ("01:30:00", 5400), ("1-12:00:00", 129600), ("2-00", 172800)],
+)
+def test_times_are_seconds_or_slurms_spelling(spelling, seconds):
+    assert Config(time_limit_s=spelling, warning_lead_s=1).time_limit_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    [
+        ({}, (1, 1, 1)),
+        ({"ranks": 4}, (4, 1, 4)),
+        ({"nodes": 2, "tasks_per_node": 4}, (8, 2, 4)),
+        ({"nodes": 2, "ranks": 8}, (8, 2, 4)),
+        ({"nodes": 3}, (3, 3, 1)),
+    ],
+)
+def test_ranks_and_shape_follow_from_each_other(given, shape):
+    node_type = NodeType(**given)
+    assert (node_type.ranks, node_type.nodes, node_type.tasks_per_node) == shape
+
+
+def test_the_run_directory_is_absolute_and_named(tmp_path):
+    assert Config(name="gpt").run_directory(tmp_path) == tmp_path / "runs" / "gpt"
+    assert Config(run_dir="/x/{name}", name="a").run_directory(tmp_path) == Path("/x/a")
+
+
+def test_what_is_stored_loads_as_the_same_settings(tmp_path):
+    config = Config(name="a", node_types=[{"ranks": 2}, {"nodes": 2}], entry={"kwargs": {"lr": 1e-3}})
+    path = config.store(RunDirectory(tmp_path))
+    assert path == tmp_path / "configs" / f"{config.digest()}.yaml"
+    before = path.stat().st_mtime_ns
+    assert config.store(tmp_path) == path
+    assert path.stat().st_mtime_ns == before
+    loaded = Config.load(path)
+    assert loaded == config
+    assert loaded.digest() == config.digest() != Config().digest()
+
+
+def test_replace_checks_again_and_remembers():
+    config = Config.load(overrides={"seed": 3}).replace(name="b")
+    assert (config.seed, config.name, config.origin("seed"), config.origin("name")) == (
+        3,
+        "b",
+        "flag",
+        "call",
+    )
+    with pytest.raises(ConfigError, match="warning_lead_s"):
+        config.replace(time_limit_s=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("3E5", 3e5),
+        ("3", 3),
+        ("[1, 2]", [1, 2]),
+        ("{a: 1}", {"a": 1}),
+        ("a: b", "a: b"),
+        ("[broken", "[broken"),
+        ("true", True),
+        ("null", None),
+        ("runs/x", "runs/x"),
+        ("", None),
+    ],
+)
+def test_values_are_read_as_yaml(text, value):
+    assert parse_value(text) == value
+
+
+def test_numbers_with_an_exponent_are_numbers_in_a_file(tmp_path):
+    path = write(tmp_path / "a.yaml", "entry: {kwargs: {lr: 1e-3, name: 1e}}\n")
+    assert Config.load(path).entry.kwargs == {"lr": 1e-3, "name": "1e"}
+
+
+def test_assignments():
+    assert parse_assignments(["a=1", "b=x=y"], flag="--set") == {"a": 1, "b": "x=y"}
+    with pytest.raises(ConfigError, match="--set lr: no assignment"):
+        parse_assignments(["lr"], flag="--set")
+    with pytest.raises(ConfigError, match="twice"):
+        parse_assignments(["a=1", "a=2"], flag="--set")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_every_shipped_file_is_valid_and_commented(path):
+    Config.load(path)
+    lines = path.read_text().splitlines()
+    assert sum("#" in line for line in lines) >= 5
+    assert yaml.safe_load(path.read_text())
