@@ -1,0 +1,140 @@
+"""Why is this job being stopped? Pure rules on a signal and the scheduler's facts.
+
+Each rule was measured on Slurm 22.05 and is checked on a real cluster by ``tests/slurm``. Where the facts do
+not say, the answer is the one after which a person's ``scancel`` stays a ``scancel``: ``scontrol requeue``
+would bring a cancelled job back to life.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from hpc_resume.scheduler.base import NONE, UNKNOWN, JobFacts
+
+#: slurmctld looks at time limits and at ``--signal`` every 30 s; 5 s for clocks that differ.
+#: Source: PERIODIC_TIMEOUT in slurmctld/controller.c; measured.
+_TIMER_SLACK_S = 35.0
+
+_WARNINGS = frozenset({"SIGUSR1", "SIGUSR2"})
+_ALIVE = frozenset({"RUNNING", "SUSPENDED", "STOPPED"})
+
+
+class Cause(str, Enum):
+    """Why an attempt ended, or is about to."""
+
+    TIME_LIMIT = "time_limit"
+    PREEMPTION = "preemption"
+    #: Someone requeued the job.
+    REQUEUE = "requeue"
+    CANCEL = "cancel"
+    NODE_FAILURE = "node_failure"
+    CRASH = "crash"
+    #: A bare signal: from a person, or because another rank died.
+    SIGNAL = "signal"
+    DONE = "done"
+    NO_PROGRESS = "no_progress"
+    UNKNOWN = "unknown"
+
+
+#: What a job that is already ending says about why.
+_REASONS = {
+    "TimeLimit": Cause.TIME_LIMIT,
+    "NodeDown": Cause.NODE_FAILURE,
+    "NodeFail": Cause.NODE_FAILURE,
+    "OutOfMemory": Cause.CRASH,
+    "NonZeroExitCode": Cause.CRASH,
+    "RaisedSignal": Cause.CRASH,
+}
+_STATES = {
+    "TIMEOUT": Cause.TIME_LIMIT,
+    "PREEMPTED": Cause.PREEMPTION,
+    "NODE_FAIL": Cause.NODE_FAILURE,
+    "BOOT_FAIL": Cause.NODE_FAILURE,
+    "OUT_OF_MEMORY": Cause.CRASH,
+    "FAILED": Cause.CRASH,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The cause of a stop.
+
+    Parameters
+    ----------
+    cause
+        What it is.
+    already_requeued
+        The scheduler runs the job again by itself: save and leave, ask for nothing.
+    evidence
+        What it was concluded from, for the journal.
+    """
+
+    cause: Cause
+    already_requeued: bool = False
+    evidence: str
+
+
+def classify(
+    signal_name: str, facts: JobFacts, *, own_restarts: int, now_s: float, warning_lead_s: float
+) -> Verdict:
+    """Tell the cause of a signal.
+
+    Parameters
+    ----------
+    signal_name
+        ``"SIGTERM"``, ``"SIGUSR2"`` …
+    facts
+        The job as the scheduler described it after the signal.
+    own_restarts
+        Restart count of this attempt; more of them in ``facts`` mean that the next one is on its way.
+    now_s
+        Unix time in seconds.
+    warning_lead_s
+        How long before the time limit the warning was asked for.
+    """
+    warned = signal_name in _WARNINGS
+    requeued = facts.restarts is not None and facts.restarts > own_restarts
+    if signal_name == "SIGINT":
+        cause, why = Cause.CANCEL, "interrupted from the keyboard"
+    elif facts.state in {NONE, UNKNOWN}:
+        cause, why = _blind_rule(facts, warned=warned)
+    elif requeued:
+        cause, why = _requeued_rule(facts)
+    elif facts.state in _ALIVE:
+        cause, why = _alive_rule(facts, warned=warned, now_s=now_s, warning_lead_s=warning_lead_s)
+    else:
+        cause, why = _ending_rule(facts)
+    return Verdict(cause=cause, already_requeued=requeued, evidence=f"{signal_name}; {facts.evidence}: {why}")
+
+
+def _blind_rule(facts: JobFacts, *, warned: bool) -> tuple[Cause, str]:
+    if facts.state == NONE:
+        return Cause.SIGNAL, "sent by hand or by another launcher"
+    if warned:
+        return Cause.SIGNAL, "a warning, and no cancel sends one"
+    return Cause.CANCEL, "cannot be told from a cancel, so it counts as one"
+
+
+def _requeued_rule(facts: JobFacts) -> tuple[Cause, str]:
+    if facts.preempt_time_s is not None:
+        return Cause.PREEMPTION, "preempted, and requeued by Slurm"
+    if _REASONS.get(facts.reason or "") is Cause.NODE_FAILURE:
+        return Cause.NODE_FAILURE, "requeued by Slurm"
+    return Cause.REQUEUE, "the job has been requeued"
+
+
+def _alive_rule(facts: JobFacts, *, warned: bool, now_s: float, warning_lead_s: float) -> tuple[Cause, str]:
+    if facts.preempt_time_s is not None:
+        return Cause.PREEMPTION, "in the grace time of a preemption"
+    left_s = None if facts.end_time_s is None else facts.end_time_s - now_s
+    if warned and left_s is not None and left_s <= warning_lead_s + _TIMER_SLACK_S:
+        return Cause.TIME_LIMIT, f"{left_s:.0f} s before the time limit"
+    return Cause.SIGNAL, "the job goes on: sent by hand, or a step is being ended"
+
+
+def _ending_rule(facts: JobFacts) -> tuple[Cause, str]:
+    cause = _REASONS.get(facts.reason or "") or _STATES.get(facts.state)
+    if cause is not None:
+        return cause, "the job is being ended"
+    return Cause.CANCEL, "the job is being ended, and nothing but a cancel explains it"
