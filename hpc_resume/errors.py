@@ -82,7 +82,7 @@ class BudgetSpent(HpcResumeError, RuntimeError):  # noqa: N818 - reads as what h
     """The run makes no progress any more and must not be continued."""
 
 
-class Interrupted(SystemExit):  # noqa: N818 - no error
+class Interrupted(SystemExit):
     """The run was saved and is to be continued; leaves the process with exit code 75."""
 
     def __init__(self, message: str) -> None:

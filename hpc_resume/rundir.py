@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -85,6 +86,7 @@ class RunDirectory:
             folder.mkdir(parents=True, exist_ok=True)
         if not self.identity_path.exists():
             identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "name": name, "created": clock()}
+            identity["digest"] = _digest(identity)
             draft = self.root / f".run.json.{uuid.uuid4().hex}"
             fs.write_file(draft, json.dumps(identity, indent=1).encode())
             try:
@@ -117,6 +119,8 @@ class RunDirectory:
             raise IntegrityError(f"{self.identity_path}: damaged ({error})") from error
         if not isinstance(identity, dict) or not isinstance(identity.get("run_id"), str):
             raise IntegrityError(f"{self.identity_path}: damaged (no run_id)")
+        if identity.get("digest") != _digest(identity):
+            raise IntegrityError(f"{self.identity_path}: damaged (its digest differs)")
         if identity.get("schema") != SCHEMA:
             raise IntegrityError(
                 f"{self.identity_path}: schema {identity.get('schema')!r}, but this version reads {SCHEMA}"
@@ -138,6 +142,11 @@ class RunDirectory:
         except FileNotFoundError:
             return []
         return sorted((name for name in names if _CHECKPOINT.fullmatch(name)), key=checkpoint_step)
+
+
+def _digest(identity: JsonObject) -> str:
+    body = {key: value for key, value in identity.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def checkpoint_name(step: int, content_id: str) -> str:

@@ -1,0 +1,69 @@
+"""PyTorch training runs that outlive their Slurm jobs.
+
+The names here load on first use, so that ``import hpc_resume`` and every command that needs no tensors leave
+PyTorch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hpc_resume._version import __version__
+from hpc_resume.errors import (
+    BudgetSpent,
+    CheckpointNotFound,
+    ConfigError,
+    FencedError,
+    HpcResumeError,
+    IntegrityError,
+    Interrupted,
+    MismatchError,
+    RendezvousError,
+    SchedulerError,
+    StateError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from hpc_resume.config import Config
+    from hpc_resume.job import Job
+    from hpc_resume.launch.submit import submit
+    from hpc_resume.run.run import Run
+
+__all__ = [
+    "BudgetSpent",
+    "CheckpointNotFound",
+    "Config",
+    "ConfigError",
+    "FencedError",
+    "HpcResumeError",
+    "IntegrityError",
+    "Interrupted",
+    "Job",
+    "MismatchError",
+    "RendezvousError",
+    "Run",
+    "SchedulerError",
+    "StateError",
+    "UsageError",
+    "__version__",
+    "submit",
+]
+
+_LAZY = {
+    "Config": "hpc_resume.config",
+    "Job": "hpc_resume.job",
+    "Run": "hpc_resume.run.run",
+    "submit": "hpc_resume.launch.submit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'hpc_resume' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

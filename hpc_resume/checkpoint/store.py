@@ -1,0 +1,75 @@
+"""The committed checkpoints of a run: which there are, and where damaged ones go."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpc_resume.checkpoint.manifest import Manifest, read_manifest
+from hpc_resume.errors import CheckpointNotFound, IntegrityError
+from hpc_resume.files import DISK, Clock, Filesystem
+from hpc_resume.rundir import RunDirectory, checkpoint_step
+
+
+def newest_first(run: RunDirectory) -> Iterator[tuple[str, Manifest | IntegrityError]]:
+    """Go through the committed checkpoints, newest first.
+
+    Yields
+    ------
+    (str, Manifest or IntegrityError)
+        Name, and the manifest or what is wrong with it. At equal steps the one created last comes first.
+    """
+    entries: list[tuple[int, float, str, Manifest | IntegrityError]] = []
+    for name in run.checkpoint_names():
+        try:
+            manifest = read_manifest(run.checkpoints / name)
+        except IntegrityError as error:
+            entries.append((checkpoint_step(name), 0.0, name, error))
+        else:
+            entries.append((manifest.step, manifest.created, name, manifest))
+    for _, _, name, manifest_or_error in sorted(entries, key=lambda entry: entry[:3], reverse=True):
+        yield name, manifest_or_error
+
+
+def find(run: RunDirectory, step: int | None = None) -> tuple[str, Manifest]:
+    """Find the newest checkpoint, or the one of a step.
+
+    Raises
+    ------
+    CheckpointNotFound
+        If there is none.
+    IntegrityError
+        If its manifest is damaged.
+    """
+    steps = []
+    for name, manifest in newest_first(run):
+        steps.append(checkpoint_step(name))
+        if step is None or steps[-1] == step:
+            if isinstance(manifest, IntegrityError):
+                raise manifest
+            return name, manifest
+    there = f"there are steps {', '.join(map(str, steps))}" if steps else "there is none at all"
+    wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+    raise CheckpointNotFound(f"{run.root}: {wanted}; {there}")
+
+
+def quarantine(
+    run: RunDirectory, name: str, reason: str, *, fs: Filesystem = DISK, clock: Clock = time.time
+) -> Path:
+    """Move a damaged checkpoint aside, whole, with the reason beside it.
+
+    Returns
+    -------
+    Path
+        Where it is now.
+    """
+    target = run.quarantine / f"{name}.{uuid.uuid4().hex[:4]}"
+    record = {"checkpoint": name, "reason": reason, "when": clock()}
+    fs.write_file(target.with_suffix(f"{target.suffix}.json"), json.dumps(record, indent=1).encode())
+    fs.rename(run.checkpoints / name, target)
+    fs.fsync_dir(run.quarantine)
+    fs.fsync_dir(run.checkpoints)
+    return target
