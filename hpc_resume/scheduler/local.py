@@ -84,7 +84,7 @@ class LocalState:
             return False
         if self.host != os.uname().nodename:
             return True
-        return self.controller_pid == 0 or process_ticks(self.controller_pid) == self.controller_ticks
+        return process_ticks(self.controller_pid) == self.controller_ticks
 
 
 def process_ticks(pid: int) -> int | None:
