@@ -1,0 +1,43 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cluster import PrivateCluster, SlurmUnavailable
+
+_HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if _HERE in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.xdist_group("slurm"))  # one cluster, one worker
+
+
+@pytest.fixture(scope="session")
+def cluster_of_session():
+    cluster = PrivateCluster()
+    try:
+        cluster.start()
+    except SlurmUnavailable as error:
+        cluster.stop()
+        if os.environ.get("CI"):
+            pytest.fail(f"no private Slurm cluster: {error}", pytrace=False)
+        pytest.skip(f"no private Slurm cluster: {error}")
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def cluster(cluster_of_session, monkeypatch):
+    """The private cluster; for the length of the test this process's environment is one of its login node."""
+    for name in set(os.environ) - set(cluster_of_session.environ):
+        monkeypatch.delenv(name)
+    for name, value in cluster_of_session.env.items():
+        monkeypatch.setenv(name, value)
+    return cluster_of_session
