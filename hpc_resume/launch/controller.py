@@ -139,7 +139,7 @@ class Controller:
         try:
             return self._run()
         except Exception as error:
-            self._write(state="FAILED", why=f"embedded scheduler: {error!r}")
+            self._write(state="FAILED", why=f"embedded scheduler: {type(error).__name__}: {error}")
             raise
 
     def _run(self) -> LocalState:

@@ -27,7 +27,7 @@ from hpc_resume.scheduler.local import LocalState
 #: Starting an interpreter on a cold file system takes seconds.
 _START_S = 60.0
 #: What another launcher left in the environment would be taken for ours.
-_FOREIGN = ("SLURM_", "SBATCH_", "SRUN_", "TORCHELASTIC_", "SUBMITIT_", "HPC_RESUME_")
+_FOREIGN = ("SLURM_", "SLURMD_", "SRUN_", "TORCHELASTIC_", "SUBMITIT_", "HPC_RESUME_")
 _FOREIGN_NAMES = frozenset(
     {
         "RANK",
@@ -40,6 +40,8 @@ _FOREIGN_NAMES = frozenset(
         "MASTER_PORT",
     }
 )
+#: Where Slurm's commands find the cluster: belongs to the machine, not to a job.
+_KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER"})
 
 
 class OneMachineJob(LocalJob[Any]):
@@ -203,7 +205,7 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if not name.startswith(_FOREIGN) and name not in _FOREIGN_NAMES
+        if name in _KEPT or not (name.startswith(_FOREIGN) or name in _FOREIGN_NAMES)
     }
 
 

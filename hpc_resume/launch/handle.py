@@ -1,0 +1,200 @@
+"""A submitted job: how it is, and how it is ended. Found again from the run directory alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hpc_resume.errors import CheckpointNotFound, IntegrityError, UsageError
+from hpc_resume.files import DISK, Clock, Filesystem
+from hpc_resume.scheduler.base import UNKNOWN
+
+SCHEMA = 1
+#: States after which nothing more happens.
+#: A requeued job is PENDING again at once.
+OVER = frozenset(
+    {
+        "COMPLETED",
+        "FAILED",
+        "CANCELLED",
+        "TIMEOUT",
+        "DEADLINE",
+        "PREEMPTED",
+        "NODE_FAIL",
+        "BOOT_FAIL",
+        "OUT_OF_MEMORY",
+        "REVOKED",
+        "GONE",
+        "LOST",
+    }
+)
+
+
+def jobs_folder(run_dir: Path) -> Path:
+    """Where the files of a run's jobs are: submission records, pickles, logs."""
+    return run_dir / "jobs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobHandle:
+    """One submitted job of a run.
+
+    Parameters
+    ----------
+    scheduler
+        ``"local"`` or ``"slurm"``.
+    what
+        What it runs, as text for people.
+    config
+        Digest of its configuration.
+    submitted
+        Unix seconds.
+    """
+
+    job_id: str
+    scheduler: Literal["local", "slurm"]
+    run_dir: Path
+    what: str
+    config: str
+    submitted: float
+
+    def record(self, *, fs: Filesystem = DISK) -> None:
+        """Write the record from which :func:`find_jobs` finds the job again."""
+        values = {
+            "schema": SCHEMA,
+            "job_id": self.job_id,
+            "scheduler": self.scheduler,
+            "what": self.what,
+            "config": self.config,
+            "submitted": self.submitted,
+        }
+        path = jobs_folder(self.run_dir) / f"{self.job_id}_job.json"
+        fs.write_file(path, json.dumps(values, indent=1).encode())
+
+    def submitit_job(self) -> Any:
+        """Give the job as submitit knows it, for its results."""
+        folder = jobs_folder(self.run_dir)
+        if self.scheduler == "local":
+            from hpc_resume.launch.onemachine import OneMachineJob
+
+            return OneMachineJob(folder=folder, job_id=self.job_id, tasks=(0,))
+        from submitit.slurm.slurm import SlurmJob
+
+        return SlurmJob(folder=folder, job_id=self.job_id, tasks=(0,))
+
+    def state(self) -> str:
+        """Slurm's word for how the job is.
+
+        Besides, ``LOST``: its controller was killed; ``GONE``: Slurm has forgotten it, minutes after its end;
+        ``UNKNOWN``: this can't be found out from here.
+        """
+        if self.scheduler == "local":
+            from hpc_resume.launch.controller import state_path
+            from hpc_resume.scheduler.local import LocalState
+
+            try:
+                record = LocalState.read(state_path(jobs_folder(self.run_dir), self.job_id))
+            except (OSError, IntegrityError):
+                return "UNKNOWN"
+            return record.state if record.state in OVER or record.alive() else "LOST"
+        from hpc_resume.scheduler.slurm import SlurmScheduler
+
+        facts = SlurmScheduler(self.job_id).facts()
+        return (
+            "GONE" if facts.state == UNKNOWN and "invalid job id" in facts.evidence.lower() else facts.state
+        )
+
+    def cancel(self) -> None:
+        """End the job for good; its ranks may save first. Harmless when it is over.
+
+        Raises
+        ------
+        SchedulerError
+            If it can't be reached from here.
+        """
+        if self.scheduler == "local":
+            self.submitit_job().cancel()
+        else:
+            from hpc_resume.scheduler.slurm import SlurmScheduler
+
+            SlurmScheduler(self.job_id).cancel()
+
+    def preempt(self) -> None:
+        """Take the allocation away, as a more important job would; embedded scheduler only.
+
+        Raises
+        ------
+        UsageError
+            Under Slurm, where only others can preempt a job.
+        """
+        if self.scheduler != "local":
+            raise UsageError(
+                f"job {self.job_id}: Slurm preempts jobs for other jobs, not on request; "
+                f"to rehearse it: scancel --signal=USR2 {self.job_id}"
+            )
+        self.submitit_job().preempt()
+
+    def log_path(self, rank: int = 0) -> Path:
+        """Where a rank's output is."""
+        return jobs_folder(self.run_dir) / f"{self.job_id}_{rank}_log.out"
+
+    def wait(
+        self, *, timeout_s: float | None = None, poll_s: float = 0.2, clock: Clock = time.monotonic
+    ) -> str:
+        """Wait until the job is over, however often it is continued, and return its state.
+
+        Raises
+        ------
+        TimeoutError
+            If it is not over after ``timeout_s``; the job goes on.
+        """
+        deadline = None if timeout_s is None else clock() + timeout_s
+        while (state := self.state()) not in OVER:
+            if deadline is not None and clock() > deadline:
+                raise TimeoutError(
+                    f"job {self.job_id} is {state} after {timeout_s:g} s; it goes on: hpc-resume status {self.run_dir}"
+                )
+            time.sleep(poll_s if self.scheduler == "local" else max(poll_s, 10.0))
+        return state
+
+
+def find_jobs(run_dir: Path) -> list[JobHandle]:
+    """Find all jobs that were submitted for a run, in the order of submission."""
+    jobs = []
+    for path in jobs_folder(run_dir).glob("*_job.json"):
+        try:
+            values = json.loads(path.read_bytes())
+            jobs.append(
+                JobHandle(
+                    run_dir=run_dir,
+                    **{key: values[key] for key in ("job_id", "scheduler", "what", "config", "submitted")},
+                )
+            )
+        except (ValueError, LookupError, TypeError) as error:
+            raise IntegrityError(f"{path}: damaged ({error})") from error
+    return sorted(jobs, key=lambda job: (job.submitted, job.job_id))
+
+
+def latest_job(run_dir: Path) -> JobHandle:
+    """Find the job that was submitted last.
+
+    Raises
+    ------
+    CheckpointNotFound
+        If there is none.
+    """
+    jobs = find_jobs(run_dir)
+    if not jobs:
+        raise CheckpointNotFound(
+            f"{run_dir}: no job was submitted from here; is it the run directory? {os.fspath(Path.cwd())} is the current folder"
+        )
+    return jobs[-1]
+
+
+def live_job(run_dir: Path) -> JobHandle | None:
+    """Find a job of the run that is not over, if there is one."""
+    return next((job for job in reversed(find_jobs(run_dir)) if job.state() not in OVER | {"UNKNOWN"}), None)

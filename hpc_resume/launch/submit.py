@@ -1,0 +1,161 @@
+"""Submission: from a function or command and its settings to a job. Everything is checked before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpc_resume.config import Config
+from hpc_resume.errors import UsageError
+from hpc_resume.launch.entry import CommandEntry, Entry, make_entry
+from hpc_resume.launch.handle import JobHandle, jobs_folder, live_job
+from hpc_resume.launch.onemachine import OneMachineExecutor, clean_environment
+from hpc_resume.rundir import RunDirectory
+
+
+def submit(
+    target: Callable[..., Any] | str | Sequence[str],
+    /,
+    *,
+    config: Config | Mapping[str, Any] | str | Path | Sequence[str | Path] | None = None,
+    run_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> JobHandle:
+    """Submit a run.
+
+    Parameters
+    ----------
+    target
+        A function, ``"file.py:function"``, ``"package.module:function"``, or a command as a list of words.
+    config
+        Settings: a :class:`~hpc_resume.config.Config`, a YAML file or several, or a dict of settings.
+    run_dir
+        The run's folder, over the one that the settings say.
+    **kwargs
+        Arguments of the function; one that is called ``config`` or ``run_dir`` needs ``functools.partial``.
+
+    Raises
+    ------
+    UsageError
+        If something is missing or contradicts itself, or a job of this run is still alive; nothing has been
+        written then.
+    SchedulerError
+        If the scheduler refuses.
+    """
+    entry = make_entry(target, kwargs)
+    resolved = resolve(entry, config, run_dir=run_dir, kwargs=kwargs)
+    run = RunDirectory(Path(resolved.run_dir))
+    _check_run_directory(run)
+    if resolved.scheduler == "slurm" and shutil.which("sbatch") is None:
+        raise UsageError(
+            "scheduler: slurm, but there is no sbatch on PATH; submit from a login node of the cluster, or run on "
+            "this machine: -o scheduler=local, in Python config={'scheduler': 'local'}"
+        )
+    run.create(resolved.name)
+    jobs_folder(run.root).mkdir(exist_ok=True)
+    config_path = resolved.store(run)
+    job_id = _send(entry, resolved, run, config_path)
+    job = JobHandle(
+        job_id=job_id,
+        scheduler=resolved.scheduler,
+        run_dir=run.root,
+        what=entry.name,
+        config=resolved.digest(),
+        submitted=time.time(),
+    )
+    job.record()
+    return job
+
+
+def resolve(
+    entry: Entry,
+    config: Config | Mapping[str, Any] | str | Path | Sequence[str | Path] | None,
+    *,
+    run_dir: str | Path | None,
+    kwargs: Mapping[str, Any],
+) -> Config:
+    """Settle every setting of a run: its name, its absolute folder, and what it runs."""
+    if isinstance(config, Config):
+        settled = config
+    elif isinstance(config, Mapping):
+        settled = Config.load(overrides=config, environ=os.environ)
+    else:
+        settled = Config.load(config, environ=os.environ)
+    if settled.origin("name") == "default" and settled.name == "run":
+        settled = settled.replace(name=entry.run_name)
+    if run_dir is not None:
+        settled = settled.replace(run_dir=str(run_dir))
+    recorded: dict[str, Any] = {"kwargs": {key: _plain(value) for key, value in kwargs.items()}}
+    if isinstance(entry, CommandEntry):
+        recorded["command"] = entry.command
+    else:
+        recorded["target"] = entry.name
+    return settled.replace(run_dir=str(settled.run_directory()), entry=recorded)
+
+
+def _check_run_directory(run: RunDirectory) -> None:
+    root = run.root
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root}: is a file, and a run needs a folder; give another run_dir")
+    if (
+        root.exists()
+        and any(root.iterdir())
+        and not run.identity_path.exists()
+        and not jobs_folder(root).exists()
+    ):
+        raise UsageError(
+            f"{root}: is not empty and no run directory (there is no run.json in it); give another run_dir"
+        )
+    parent = next(each for each in (root, *root.parents) if each.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{root}: can't be written, {parent} belongs to someone else; give another run_dir")
+    if (job := live_job(root)) is not None:
+        raise UsageError(
+            f"{root}: job {job.job_id} of this run is {job.state()}, and two jobs can't own one run; wait for it, "
+            f"end it (hpc-resume cancel {root}), or give another run_dir"
+        )
+
+
+def _send(entry: Entry, config: Config, run: RunDirectory, config_path: Path) -> str:
+    """Hand the job to its scheduler; returns its id."""
+    variables = {"HPC_RESUME_RUN_DIR": str(run.root), "HPC_RESUME_CONFIG": str(config_path)}
+    if config.scheduler == "local":
+        executor = OneMachineExecutor(
+            jobs_folder(run.root), config=config, run_dir=run.root, variables=variables
+        )
+        return str(executor.submit(entry).job_id)
+    from hpc_resume.launch.slurm import ResumeSlurmExecutor
+
+    slurm = ResumeSlurmExecutor(
+        jobs_folder(run.root), config=config, run_dir=run.root, config_path=config_path
+    )
+    with _only(clean_environment(os.environ)):  # sbatch hands its environment on
+        return str(slurm.submit(entry).job_id)
+
+
+@contextlib.contextmanager
+def _only(environment: Mapping[str, str]) -> Iterator[None]:
+    """Leave only these variables in this process's environment for a while."""
+    before = dict(os.environ)
+    try:
+        for name in before.keys() - environment.keys():
+            del os.environ[name]
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _plain(value: Any) -> Any:
+    """Give what of an argument can be recorded as YAML; anything else as its text."""
+    try:
+        yaml.safe_dump(value)
+    except yaml.YAMLError:
+        return repr(value)
+    return value
