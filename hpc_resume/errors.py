@@ -9,6 +9,7 @@
     │   └── MismatchError                   2   the checkpoint and the tracked state differ
     ├── CheckpointNotFound  FileNotFoundError 3 nothing to restore
     ├── IntegrityError                      4   bytes on disk are not the bytes that were committed
+    ├── SaveError           OSError         1   a checkpoint could not be written
     ├── FencedError                         1   a later attempt owns the run
     ├── SchedulerError      RuntimeError    1   a scheduler command failed
     ├── RendezvousError     ConnectionError 1   the ranks could not find each other, or lost one
@@ -64,6 +65,10 @@ class IntegrityError(HpcResumeError):
     """Bytes on disk are not the bytes that were committed."""
 
     exit_code = EXIT_CORRUPT
+
+
+class SaveError(HpcResumeError, OSError):
+    """A checkpoint could not be written."""
 
 
 class FencedError(HpcResumeError):

@@ -1,0 +1,268 @@
+"""The ranks of one attempt find each other: one store for control, one process group for training.
+
+Rank 0 opens a store on a port that the system chooses and leaves its address in the run directory, under a
+name that no other set of processes has. Nothing is derived from a job id, so nothing collides after a
+requeue, and no stale rendezvous can be met. Under torchrun its own store serves.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hpc_resume.errors import RendezvousError
+from hpc_resume.files import DISK, Clock
+from hpc_resume.scheduler.environment import JobEnvironment
+
+#: Until all ranks must have found rank 0. Imports on a busy parallel filesystem take minutes.
+JOIN_S = 600.0
+_POLL_S = 0.2
+
+
+class Peers:
+    """The control store, and the facts that rank 0 shares through it.
+
+    Parameters
+    ----------
+    environment
+        This process's place.
+    address
+        Host and port of the store; None for a single process.
+    store
+        This process's first connection.
+    owned
+        Whether this attempt opened the store (then its keys are its own).
+    """
+
+    def __init__(
+        self, environment: JobEnvironment, store: dist.Store, address: tuple[str, int] | None, prefix: str
+    ) -> None:
+        self._environment = environment
+        self._base = store
+        self._address = address
+        self._prefix = prefix
+        self.store: dist.Store = dist.PrefixStore(prefix, store)
+
+    def connect(self) -> dist.Store:
+        """Open another connection: a store that waits is deaf to other threads."""
+        if self._address is None:
+            return dist.PrefixStore(self._prefix, self._base)
+        host, port = self._address
+        store = dist.TCPStore(host, port, is_master=False, timeout=dt.timedelta(seconds=JOIN_S))
+        return dist.PrefixStore(self._prefix, store)
+
+    def share(self, key: str, value: Any = None) -> Any:
+        """Give everybody what rank 0 has; other ranks pass nothing and wait."""
+        if self._environment.rank == 0:
+            self.store.set(key, json.dumps(value))
+            return value
+        return self.get(key, JOIN_S)
+
+    def get(self, key: str, patience_s: float) -> Any:
+        """Wait for a key and read it.
+
+        Raises
+        ------
+        RendezvousError
+            If it does not come, or the store is gone.
+        """
+        try:
+            self.store.wait([key], dt.timedelta(seconds=patience_s))
+            return json.loads(self.store.get(key))
+        except RuntimeError as error:
+            raise RendezvousError(
+                f"rank {self._environment.rank} waited for {key!r} from the other ranks in vain "
+                f"({str(error).splitlines()[0]}); look at the other ranks' logs"
+            ) from error
+
+    def gather(self, key: str, value: Any, patience_s: float) -> list[Any]:
+        """Give a value and wait for everybody's, by rank."""
+        self.store.set(f"{key}/{self._environment.rank}", json.dumps(value))
+        return [self.get(f"{key}/{rank}", patience_s) for rank in range(self._environment.world_size)]
+
+    def wait_for_count(self, key: str, count: int, patience_s: float) -> bool:
+        """Wait until a counter has reached a number; False if it does not in time."""
+        deadline = time.monotonic() + patience_s
+        while self.store.add(key, 0) < count:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def start_process_group(self) -> bool:
+        """Make the default process group, unless the script has one.
+
+        Returns
+        -------
+        bool
+            Whether it was made here.
+        """
+        if dist.is_initialized():
+            return False
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", self.store),
+            rank=self._environment.rank,
+            world_size=self._environment.world_size,
+        )
+        return True
+
+
+def join(
+    environment: JobEnvironment,
+    run_dir: Path,
+    begin: Callable[[], Any],
+    *,
+    clock: Clock = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> tuple[Peers, Any]:
+    """Meet the other ranks.
+
+    Parameters
+    ----------
+    environment
+        This process's place.
+    run_dir
+        The run directory; ranks other than 0 wait until rank 0 has left its address there.
+    begin
+        Called on rank 0 alone, before the others hear of it; its JSON result is shared.
+    clock, sleep
+        For tests.
+
+    Returns
+    -------
+    (Peers, Any)
+        The peers, and what ``begin`` returned on rank 0.
+
+    Raises
+    ------
+    RendezvousError
+        If rank 0 can't be found or reached.
+    """
+    leader = environment.rank == 0
+    if environment.world_size == 1:
+        peers = Peers(environment, dist.HashStore(), None, "hpc-resume")
+        return peers, begin()
+    if environment.master is not None:
+        store, address = _launcher_store(environment)
+        peers = Peers(environment, store, address, f"hpc-resume/{environment.rendezvous}")
+        return peers, peers.share("begin", begin() if leader else None)
+    meeting = run_dir / "attempts" / f".meet-{re.sub(r'[^A-Za-z0-9._-]', '_', environment.rendezvous)}.json"
+    if leader:
+        shared = begin()
+        opened = dist.TCPStore(
+            "0.0.0.0",  # noqa: S104 - the other nodes must reach it
+            0,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=dt.timedelta(seconds=JOIN_S),
+        )
+        token = uuid.uuid4().hex
+        opened.set("token", token)
+        hosts = _addresses(one_node=environment.local_world_size == environment.world_size)
+        invitation = {"hosts": hosts, "port": opened.port, "token": token}
+        DISK.write_file(meeting, json.dumps(invitation).encode())
+        peers = Peers(environment, opened, ("127.0.0.1", opened.port), "hpc-resume")
+        peers.share("begin", shared)
+        _count_in(peers, environment)
+        meeting.unlink(missing_ok=True)
+        return peers, shared
+    opened, address = _accept(meeting, environment, clock, sleep)
+    peers = Peers(environment, opened, address, "hpc-resume")
+    shared = peers.share("begin")
+    _count_in(peers, environment)
+    return peers, shared
+
+
+def _count_in(peers: Peers, environment: JobEnvironment) -> None:
+    if peers.store.add("joined", 1) == environment.world_size:
+        peers.store.set("all-joined", "true")
+    peers.get("all-joined", JOIN_S)
+
+
+def _launcher_store(environment: JobEnvironment) -> tuple[dist.Store, tuple[str, int]]:
+    """Return torchrun's store; where torchrun leaves it to rank 0 to open one, rank 0 does."""
+    assert environment.master is not None
+    host, port = environment.master
+    agent_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        host,
+        port,
+        environment.world_size,
+        is_master=environment.rank == 0 and not agent_keeps_it,
+        wait_for_workers=False,
+        timeout=dt.timedelta(seconds=JOIN_S),
+        multi_tenant=True,
+    )
+    return store, (host, port)
+
+
+def _accept(
+    meeting: Path, environment: JobEnvironment, clock: Clock, sleep: Callable[[float], None]
+) -> tuple[dist.TCPStore, tuple[str, int]]:
+    """Find rank 0's invitation and connect."""
+    deadline = clock() + JOIN_S
+    problem = "rank 0 has left no address there"
+    while clock() < deadline:
+        try:
+            # Listing the folder makes a network filesystem look again; asking for the name alone may be
+            # answered from a cache that remembers that it was not there.
+            if meeting.name in os.listdir(meeting.parent):  # noqa: PTH208 - as said
+                invitation = json.loads(meeting.read_bytes())
+                for host in invitation["hosts"]:
+                    store = _try_connect(host, invitation["port"], invitation["token"])
+                    if store is not None:
+                        return store, (host, invitation["port"])
+                problem = f"none of {invitation['hosts']} answers on port {invitation['port']}"
+        except (OSError, ValueError):
+            pass  # not there yet
+        sleep(_POLL_S)
+    raise RendezvousError(
+        f"rank {environment.rank} on {environment.node} found no rank 0 within {JOIN_S:g} s: {meeting}: "
+        f"{problem}. Is the run directory on a filesystem that all nodes share?"
+    )
+
+
+def _try_connect(host: str, port: int, token: str) -> dist.TCPStore | None:
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            pass  # before TCPStore, which would retry a dead address for minutes
+        store = dist.TCPStore(host, port, is_master=False, timeout=dt.timedelta(seconds=JOIN_S))
+        if store.check(["token"]) and store.get("token").decode() == token:
+            return store
+    except (OSError, RuntimeError):
+        pass
+    return None
+
+
+def _addresses(*, one_node: bool) -> list[str]:
+    """Return addresses under which other nodes may reach this one, the likeliest first."""
+    if one_node:
+        return ["127.0.0.1"]
+    found: list[str] = []
+    name = socket.gethostname()
+    for candidate in (name, socket.getfqdn(name)):
+        try:
+            found += [str(info[4][0]) for info in socket.getaddrinfo(candidate, None, socket.AF_INET)]
+        except OSError:
+            continue
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: asks which interface a route would take
+            found.append(probe.getsockname()[0])
+    except OSError:
+        pass
+    distinct = list(dict.fromkeys(found)) or ["127.0.0.1"]
+    return sorted(distinct, key=lambda host: host.startswith("127."))

@@ -1,0 +1,134 @@
+"""Restoring: all ranks take the newest checkpoint that is whole, and all take the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hpc_resume.checkpoint import store
+from hpc_resume.checkpoint.manifest import Manifest, read_manifest
+from hpc_resume.checkpoint.reader import CheckpointReader
+from hpc_resume.checkpoint.state import TrackedState
+from hpc_resume.errors import IntegrityError, UsageError
+from hpc_resume.journal import Journal
+from hpc_resume.run import generators
+from hpc_resume.run.peers import Peers
+from hpc_resume.rundir import RunDirectory
+
+#: One rank may need this long to read its part while the others wait for its word.
+_RESTORE_S = 6 * 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What was restored.
+
+    Parameters
+    ----------
+    name
+        Of the checkpoint.
+    manifest
+        Its manifest.
+    """
+
+    name: str
+    manifest: Manifest
+
+
+def restore_newest(
+    run: RunDirectory,
+    state: TrackedState,
+    peers: Peers,
+    *,
+    rank: int,
+    world_size: int,
+    seed: int,
+    journal: Journal | None,
+) -> Restored | None:
+    """Restore the newest valid checkpoint on all ranks, quarantining damaged ones.
+
+    Parameters
+    ----------
+    run
+        The run directory.
+    state
+        What to restore into.
+    peers
+        The other ranks.
+    rank, world_size
+        This process's place.
+    seed
+        Of the run, for generators that can't be restored.
+    journal
+        On rank 0.
+
+    Returns
+    -------
+    Restored or None
+        None if the run has no checkpoint yet.
+
+    Raises
+    ------
+    MismatchError
+        On every rank, if the checkpoint does not fit the tracked state.
+    IntegrityError
+        If there were checkpoints but none is whole.
+    """
+    damaged: list[str] = []
+    for turn in range(1_000_000):
+        name = peers.share(f"restore/{turn}", _newest(run, damaged, journal) if rank == 0 else None)
+        if name is None:
+            break
+        problem = _try(run, name, state, rank=rank, world_size=world_size, seed=seed)
+        answers = peers.gather(f"restored/{turn}", problem, _RESTORE_S)
+        problems = [answer for answer in answers if answer is not None]
+        if not problems:
+            return Restored(name=name, manifest=read_manifest(run.checkpoints / name))
+        misfits = [text for kind, text in problems if kind == "misfit"]
+        if misfits:
+            raise UsageError(misfits[0])
+        if rank == 0:
+            _set_aside(run, name, problems[0][1], damaged, journal)
+    if peers.share("restore/damaged", damaged if rank == 0 else None):
+        raise IntegrityError(
+            f"{run.root}: no checkpoint is whole any more; the damaged ones are kept, with reasons, in "
+            f"{run.quarantine}. Put back an older copy, or begin again in another run_dir"
+        )
+    return None
+
+
+def _newest(run: RunDirectory, damaged: list[str], journal: Journal | None) -> str | None:
+    """Name the newest checkpoint whose manifest is whole; others go to quarantine."""
+    for name, manifest in store.newest_first(run):
+        if not isinstance(manifest, IntegrityError):
+            return name
+        _set_aside(run, name, str(manifest), damaged, journal)
+    return None
+
+
+def _set_aside(
+    run: RunDirectory, name: str, reason: str, damaged: list[str], journal: Journal | None
+) -> None:
+    store.quarantine(run, name, reason)
+    damaged.append(name)
+    if journal is not None:
+        journal.event("quarantined", durable=True, checkpoint=name, reason=reason)
+
+
+def _try(
+    run: RunDirectory, name: str, state: TrackedState, *, rank: int, world_size: int, seed: int
+) -> tuple[str, str] | None:
+    """Restore this rank; returns what is wrong, if anything is."""
+    folder = run.checkpoints / name
+    try:
+        manifest = read_manifest(folder)
+        with CheckpointReader(folder, manifest) as reader:
+            state.restore(reader)
+            if manifest.world_size == world_size:
+                generators.restore(state.private(reader, rank))
+            else:
+                generators.seed_all(seed, manifest.step, rank)
+    except IntegrityError as error:
+        return "damaged", str(error)
+    except UsageError as error:
+        return "misfit", str(error)
+    return None

@@ -1,0 +1,280 @@
+"""A training run inside its job: the object that users' scripts hold."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from hpc_resume.checkpoint.state import TrackedState
+from hpc_resume.config import Config
+from hpc_resume.errors import Interrupted, UsageError
+from hpc_resume.files import Clock
+from hpc_resume.run.loader import ElasticLoader
+from hpc_resume.run.session import Session
+from hpc_resume.rundir import RunDirectory
+
+
+class Run:
+    """A training run that outlives its jobs.
+
+    Use it as a context manager around everything from building the model to the last step; the same script
+    runs under plain ``python``, ``torchrun``, ``srun`` and submitit, on one rank or many.
+
+    Parameters
+    ----------
+    run_dir
+        Folder of the run, on a filesystem that all nodes share. Without it: what the launcher says, or
+        ``runs/NAME``.
+    config
+        Settings, or a YAML file of them. Without it: what the launcher says.
+    clock
+        Unix time in seconds.
+    **settings
+        Single settings over those (``seed=1``, ``checkpoint={"every_steps": 100}``).
+
+    Raises
+    ------
+    ConfigError
+        If a setting is wrong.
+
+    Examples
+    --------
+    >>> import hpc_resume as hr
+    >>> with hr.Run("runs/mine") as run:  # doctest: +SKIP
+    ...     model = Net().to(run.device)
+    ...     data = run.loader(dataset, global_batch=64)
+    ...     run.track(model=model, optimizer=optimizer, data=data)
+    ...     for step, batch in run.steps(data, until=2000):
+    ...         ...
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path | None = None,
+        *,
+        config: Config | str | Path | None = None,
+        clock: Clock = time.time,
+        **settings: Any,
+    ) -> None:
+        if run_dir is not None:
+            settings["run_dir"] = str(Path(run_dir).absolute())
+        self._session = Session(_settle(config, settings), clock=clock)
+        self._device = _device(self._session.environment.local_rank)
+        self._state: TrackedState | None = None
+        self._loader: ElasticLoader | None = None
+        self._begun = False
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among all of the attempt's, from 0."""
+        return self._session.rank
+
+    @property
+    def world_size(self) -> int:
+        """Processes of this attempt."""
+        return self._session.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """Number of this process among those on its node, from 0."""
+        return self._session.environment.local_rank
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this process, or the CPU."""
+        return self._device
+
+    @property
+    def step(self) -> int:
+        """Completed steps."""
+        return self._session.step
+
+    @property
+    def attempt(self) -> int:
+        """Number of this attempt, from 1."""
+        return self._session.facts.number
+
+    @property
+    def directory(self) -> RunDirectory:
+        """The run directory."""
+        return self._session.directory
+
+    @property
+    def config(self) -> Config:
+        """The resolved settings."""
+        return self._session.config
+
+    def __enter__(self) -> Run:
+        """Meet the other ranks and begin an attempt."""
+        self._session.begin(self._device)
+        self._begun = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the attempt: done, interrupted, or failed."""
+        if error is None:
+            if self._state is not None and self.step > self._session.saver.saved_step:
+                self._save("done")  # the loop was left early, on purpose
+            self._session.finish()
+        elif isinstance(error, SystemExit):
+            self._session.shut_down(destroy=isinstance(error, Interrupted))
+        elif isinstance(error, Exception):
+            self._session.crash(error)
+        else:
+            self._session.cancel()
+
+    def loader(
+        self, dataset: Any, global_batch: int, *, shuffle: bool = True, **options: Any
+    ) -> ElasticLoader:
+        """Load batches of a map-style dataset, in the same order on any number of ranks.
+
+        Parameters
+        ----------
+        dataset
+            Has ``__len__`` and ``__getitem__``.
+        global_batch
+            Samples in a step, over all ranks; the number of ranks must divide it.
+        shuffle
+            Whether the order is random, by the run's seed.
+        **options
+            For ``torch.utils.data.DataLoader``: ``num_workers``, ``collate_fn``, ``pin_memory`` …
+
+        Raises
+        ------
+        UsageError
+            If the dataset has no length, or the batch can't be split evenly.
+        """
+        return ElasticLoader(
+            dataset,
+            global_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=self.config.seed,
+            shuffle=shuffle,
+            **options,
+        )
+
+    def track(self, **items: Any) -> None:
+        """Name what is saved, and restore it if there is something to restore.
+
+        Parameters
+        ----------
+        **items
+            Modules, optimizers, schedulers, gradient scalers, the loader; anything with ``state_dict`` and
+            ``load_state_dict``; plain dicts of numbers, strings and tensors.
+
+        Raises
+        ------
+        StateError
+            If an item can't be saved and restored.
+        MismatchError
+            If the newest checkpoint does not fit; lists every difference.
+        IntegrityError
+            If there are checkpoints, but none is whole.
+        BudgetSpent
+            If too many attempts in a row made no progress.
+        """
+        if not self._begun:
+            raise UsageError("run.track: the run has not begun; call it inside 'with hr.Run() as run:'")
+        if self._state is not None:
+            raise UsageError(
+                "run.track: call it once, with everything: run.track(model=…, optimizer=…, data=…)"
+            )
+        self._state = TrackedState(items, rank=self.rank, world_size=self.world_size)
+        self._loader = next((item for item in items.values() if isinstance(item, ElasticLoader)), None)
+        self._session.restore(self._state)
+
+    def steps(self, data: Iterable[Any], *, until: int) -> Iterator[tuple[int, Any]]:
+        """Go through the remaining steps; saves, stops and continues as needed.
+
+        Parameters
+        ----------
+        data
+            Gives a batch a step: :meth:`loader`, or any iterable that is tracked.
+        until
+            Number of steps of the whole run.
+
+        Yields
+        ------
+        (int, Any)
+            Index of the step, from 0, and its batch.
+
+        Raises
+        ------
+        Interrupted
+            When the run has been saved and is to be continued: leaves with exit code 75.
+        """
+        if self._state is None:
+            raise UsageError(
+                "run.steps: nothing is tracked, so nothing would be saved; call run.track(…) before the loop"
+            )
+        if isinstance(data, ElasticLoader) and data is not self._loader:
+            raise UsageError(
+                "run.steps: this loader is not tracked, so its position would be lost; "
+                "pass it to run.track(data=…) too"
+            )
+        batches = iter(data)
+        while True:
+            self._session.boundary(self._state, self._samples, until)
+            if self.step >= until:
+                break
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            yield self.step, batch
+            self._session.step += 1
+        self._save("done")
+
+    def log(self, **values: Any) -> None:
+        """Record metrics of the step that is being done.
+
+        Parameters
+        ----------
+        **values
+            Numbers or one-element tensors. Each rank records its own; reports show the mean over ranks.
+            Tensors are read about once a second, so that logging waits for no GPU.
+        """
+        self._session.metrics.log(self.step, values)
+
+    @property
+    def _samples(self) -> int:
+        return self._loader.samples if self._loader is not None else 0
+
+    def _save(self, reason: str) -> None:
+        assert self._state is not None
+        self._session.save(self._state, self._samples, reason, wait=True)
+
+
+def _settle(config: Config | str | Path | None, settings: dict[str, Any]) -> Config:
+    """Resolve the settings of this process."""
+    if isinstance(config, Config):
+        settled = config.replace(**settings) if settings else config
+    else:
+        path = config or os.environ.get("HPC_RESUME_CONFIG") or None
+        settled = Config.load(path, overrides=settings, environ=os.environ)
+    if settled.origin("name") == "default":
+        # Two scripts that nobody named must not share a run directory.
+        stem = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("-._")
+        settled = settled.replace(name=name) if name else settled
+    return settled
+
+
+def _device(local_rank: int) -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")

@@ -1,0 +1,318 @@
+"""One rank's side of an attempt, from meeting the others to the last word."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import traceback
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from hpc_resume.checkpoint.state import TrackedState
+from hpc_resume.config import Config
+from hpc_resume.errors import (
+    EXIT_CONTINUE,
+    BudgetSpent,
+    HpcResumeError,
+    Interrupted,
+    RendezvousError,
+    SaveError,
+)
+from hpc_resume.files import Clock
+from hpc_resume.journal import Journal
+from hpc_resume.run import generators
+from hpc_resume.run.attempt import AttemptFacts, begin_attempt, idle_before
+from hpc_resume.run.ending import Ending, LastWord, after_crash
+from hpc_resume.run.metrics import Metrics
+from hpc_resume.run.peers import join
+from hpc_resume.run.restoring import restore_newest
+from hpc_resume.run.saving import Saver
+from hpc_resume.run.stopping import Stopping
+from hpc_resume.rundir import RunDirectory
+from hpc_resume.scheduler.cause import Cause, Verdict
+from hpc_resume.scheduler.connect import connect
+from hpc_resume.scheduler.environment import JobEnvironment
+
+#: Rank 0 notes its step in the journal at most this often.
+_PROGRESS_S = 5.0
+#: Ranks that leave wait this long for rank 0's last word, which may take a few tries of the scheduler.
+_LEAVE_S = 90.0
+#: A rank that gives up leaves rank 0 this long for its last word: once it exits, the launcher ends the rest.
+_HEAD_START_S = 10.0
+
+
+class Session:
+    """What this process does for the run besides training.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    clock
+        Unix time in seconds.
+
+    Attributes
+    ----------
+    environment
+        Job and rank.
+    directory
+        The run directory.
+    facts
+        Of the attempt, once :meth:`begin` has returned.
+    step, first_step
+        Completed steps, now and when this attempt began.
+    """
+
+    def __init__(self, config: Config, *, clock: Clock) -> None:
+        self.config = config
+        self.directory = RunDirectory(config.run_directory())
+        self.environment = JobEnvironment.detect(
+            os.environ, hostname=socket.gethostname(), pid=os.getpid(), parent_pid=os.getppid()
+        )
+        self.rank = self.environment.rank
+        self.world_size = self.environment.world_size
+        self.step = 0
+        self.first_step = 0
+        self._clock = clock
+        self._scheduler = connect(self.environment, os.environ)
+        self.stopping = Stopping(
+            self.environment,
+            self._scheduler,
+            warning_lead_s=config.warning_lead_s,
+            agreement_s=config.stop.agreement_s,
+            watchdog_s=config.stop.watchdog_s,
+            clock=clock,
+            give_up=self._give_up,
+        )
+        self._journal: Journal | None = None
+        self._own_group = False
+        self._noted = 0.0
+
+    # ---------------------------------------------------------------- beginning
+
+    def begin(self, device: torch.device) -> None:
+        """Meet the other ranks, claim an attempt, start the process group."""
+        self.stopping.watch()
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            generators.seed_all(self.config.seed)
+            self.peers, facts = join(self.environment, self.directory.root, self._claim)
+            self.facts = AttemptFacts(**facts)
+            self._own_group = self.peers.start_process_group()
+            self.stopping.join(self.peers, self._journal)
+            metrics = self.directory.attempt(self.facts.number) / f"metrics-rank-{self.rank:05d}.jsonl"
+            self.metrics = Metrics(metrics, clock=self._clock)
+            self.saver = Saver(
+                self.directory,
+                self.facts,
+                self.environment,
+                self.peers,
+                self.config,
+                self._clock,
+                self._journal,
+            )
+            self._last_word = LastWord(
+                self.environment, self._scheduler, self.config, clock=self._clock, journal=self._journal
+            )
+        except BaseException:
+            self.stopping.abandon()
+            raise
+
+    def _claim(self) -> dict[str, Any]:
+        """On rank 0: claim the attempt, before the others hear of it."""
+        node = self.environment.node
+        node_type = self.environment.node_type or self._scheduler.node_type(node)
+        facts, self._journal = begin_attempt(
+            self.directory, self.environment, node_type, self.config, nodes=[node], clock=self._clock
+        )
+        return {"number": facts.number, "run_id": facts.run_id, "node_type": facts.node_type}
+
+    def restore(self, state: TrackedState) -> None:
+        """Restore the newest checkpoint that is whole, and begin to take part in agreements."""
+        restored = restore_newest(
+            self.directory,
+            state,
+            self.peers,
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=self.config.seed,
+            journal=self._journal,
+        )
+        place = f"attempt {self.facts.number} on {_ranks(self.world_size)}"
+        if self.facts.node_type:
+            place += f" ({self.facts.node_type})"
+        if restored is None:
+            generators.seed_all(self.config.seed, 0, self.rank)
+            self.say(f"{place}: a new run in {self.directory.root}")
+            self._note("fresh", step=0)
+        else:
+            self.step = self.first_step = self.saver.saved_step = restored.manifest.step
+            saved_on = restored.manifest.world_size
+            self.say(f"{place}: restored step {self.step} ({restored.name}, saved on {_ranks(saved_on)})")
+            self._note("restored", checkpoint=restored.name, step=self.step, saved_world_size=saved_on)
+        idle = 0
+        if self.rank == 0:
+            idle = idle_before(self.directory, self.facts.number, self.environment.job_id, self.step)
+        self._check_budget(self.peers.share("idle", idle))
+        self.stopping.start(self.step)
+
+    def _check_budget(self, idle: int) -> None:
+        self._last_word.idle_before = idle
+        if idle >= self.config.budget.max_idle:
+            raise BudgetSpent(
+                f"{self.directory.root}: {idle} attempts in a row began at step {self.step} and saved nothing "
+                "new, so this one is not tried; read the log of the last attempt, and submit again when it is "
+                "mended"
+            )
+
+    # ---------------------------------------------------------------- between steps
+
+    def boundary(self, state: TrackedState, samples: int, until: int) -> None:
+        """Do what is due after ``step`` completed steps; when it returns, the next one has begun.
+
+        Raises
+        ------
+        Interrupted
+            If the run was to stop here: it is saved and will be continued.
+        """
+        self.metrics.maybe_flush()
+        self.saver.poll()
+        every_steps = self.config.checkpoint.every_steps
+        if every_steps and self.step % every_steps == 0 and self.first_step < self.step < until:
+            self.save(state, samples, "cadence")
+        if self.rank == 0:
+            self._look_at_the_clock(until)
+        while (appointment := self.stopping.boundary(self.step)) is not None:
+            if self.step >= until:
+                return  # the last step is done: there is nothing left to continue
+            if appointment.kind == "save":
+                self.save(state, samples, "cadence")
+            else:
+                self._stop(state, samples)
+
+    def _look_at_the_clock(self, until: int) -> None:
+        now = self._clock()
+        if now - self._noted >= _PROGRESS_S:
+            self._noted = now
+            self._note("progress", step=self.step)
+        every_s = self.config.checkpoint.every_s
+        if every_s is not None and self.step < until and self.saver.due(every_s):
+            self.stopping.request_save()
+
+    def save(self, state: TrackedState, samples: int, reason: str, *, wait: bool = False) -> None:
+        """Take a checkpoint of the completed steps, unless there is one."""
+        self.metrics.flush()
+        self.saver.save(state, self.step, samples, reason, wait=wait)
+
+    # ---------------------------------------------------------------- ending
+
+    def _stop(self, state: TrackedState, samples: int) -> NoReturn:
+        """Save at the agreed step, have the run continued, and leave."""
+        self._note("stop_agreed", step=self.step)
+        if self.step > self.first_step:
+            self.save(state, samples, "stop", wait=True)
+        if self.rank == 0:
+            ending = self._end(self.stopping.verdict()).to_json()
+            self.peers.share("ending", ending)
+        else:
+            ending = self.peers.get("ending", _LEAVE_S)
+        self.say(f"attempt {self.facts.number} ends after step {self.step}: {ending['why']}")
+        self.peers.store.add("left", 1)
+        if self.rank == 0:  # the store is here: stay until everybody has read the ending
+            self.peers.wait_for_count("left", self.world_size, _HEAD_START_S)
+        self.stopping.close(last_word=True)
+        if ending["exit_code"] == EXIT_CONTINUE:
+            raise Interrupted(ending["why"])
+        raise SystemExit(ending["exit_code"])
+
+    def finish(self) -> None:
+        """Write that the run is done."""
+        self.metrics.flush()
+        self.saver.poll()
+        self._write(Cause.DONE, "done", "all steps are done", 0)
+        self.say(f"done: step {self.step}")
+        self.stopping.close(last_word=False)
+        self.shut_down(destroy=True)
+
+    def crash(self, error: Exception) -> None:
+        """End an attempt that an exception has left; returns if the exception shall go on its way.
+
+        Raises
+        ------
+        Interrupted
+            If the run is to be continued.
+        SystemExit
+            With the exit code of an error of ours, after its message.
+        """
+        self.metrics.flush()
+        summary = traceback.format_exception_only(type(error), error)[-1].strip()
+        restartable = self.environment.job_id is not None
+        code = after_crash(error, restartable=restartable, under_way=self.step > self.first_step)
+        if self.rank == 0:
+            if code == EXIT_CONTINUE:
+                code = self._end(Verdict(cause=Cause.CRASH, evidence=summary)).exit_code
+            else:
+                spent = isinstance(error, BudgetSpent)
+                self._write(Cause.NO_PROGRESS if spent else Cause.CRASH, "stop", summary, code)
+        self.stopping.abandon()
+        self.shut_down(destroy=False)
+        if code == EXIT_CONTINUE:
+            traceback.print_exception(error)
+            raise Interrupted(f"crashed and is continued: {summary}") from None
+        if isinstance(error, HpcResumeError) and not isinstance(error, RendezvousError | SaveError):
+            sys.stderr.write(f"hpc_resume: {error}\n")
+            raise SystemExit(code) from None
+
+    def cancel(self) -> None:
+        """End an attempt that somebody broke off at the keyboard, in a hurry."""
+        self._write(Cause.CANCEL, "stop", "interrupted from the keyboard", 130)
+        self.stopping.abandon()
+        self.shut_down(destroy=False)
+
+    def shut_down(self, *, destroy: bool) -> None:
+        """Close what is open; ``destroy`` only where all ranks come here together."""
+        if destroy and self._own_group and dist.is_initialized():
+            dist.destroy_process_group()
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+    def _end(self, verdict: Verdict, lost: str | None = None) -> Ending:
+        progressed = self.saver.saved_step > self.first_step
+        return self._last_word.end(verdict, step=self.step, progressed=progressed, lost=lost)
+
+    def _give_up(self, verdict: Verdict, reason: str) -> None:
+        """Leave without a step boundary, on a thread: the last committed checkpoint is what remains."""
+        saved = self.saver.saved_step
+        self.say(f"attempt {self.facts.number}: {reason}; leaving with the checkpoint of step {saved}")
+        code = EXIT_CONTINUE
+        if self.rank == 0:
+            code = self._end(verdict, lost=reason).exit_code
+        else:
+            threading.Event().wait(_HEAD_START_S)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def _write(self, cause: Cause, decision: str, why: str, exit_code: int) -> None:
+        ending = Ending(cause=cause, decision=decision, why=why, exit_code=exit_code)
+        self._last_word.write(ending, step=self.step)
+
+    def _note(self, event: str, **fields: Any) -> None:
+        if self._journal is not None:
+            self._journal.event(event, **fields)
+
+    def say(self, text: str) -> None:
+        """Talk to the person who reads the log; rank 0 only."""
+        if self.rank == 0:
+            sys.stderr.write(f"hpc_resume: {text}\n")
+            sys.stderr.flush()
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"

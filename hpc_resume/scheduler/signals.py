@@ -1,0 +1,95 @@
+"""Signals are recorded, nothing more; a thread sees them even while Python's main thread is busy in C.
+
+Python runs its signal handlers on the main thread, between bytecodes: never while that thread waits in a
+collective. ``signal.set_wakeup_fd`` has the C handler write the signal's number into a pipe at once, and the
+thread at the other end takes it from there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+#: What schedulers, people and launchers send: warnings, the end, a Ctrl-C.
+WATCHED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+class SignalWatch:
+    """Calls back, on a thread of its own, for each watched signal that this process gets.
+
+    A second Ctrl-C raises ``KeyboardInterrupt`` as usual: somebody is in a hurry.
+
+    Parameters
+    ----------
+    on_signal
+        Called with the signal's name, such as ``"SIGUSR2"``.
+    """
+
+    def __init__(self, on_signal: Callable[[str], None]) -> None:
+        self._on_signal = on_signal
+        self._previous: dict[signal.Signals, Any] = {}
+        self._interrupts = 0
+        self._pipe: tuple[int, int] | None = None
+        self._previous_fd = -1
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> bool:
+        """Install the handlers and start the thread.
+
+        Returns
+        -------
+        bool
+            False if this is not the main thread, where Python allows no handlers.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        read_fd, write_fd = os.pipe()
+        os.set_blocking(write_fd, False)
+        self._pipe = (read_fd, write_fd)
+        self._thread = threading.Thread(target=self._listen, name="hpc-resume-signals", daemon=True)
+        self._thread.start()
+        self._previous_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        for number in WATCHED:
+            self._previous[number] = signal.signal(number, self._record)
+        return True
+
+    def stop(self, *, ignore: bool = False) -> None:
+        """End the watch.
+
+        Parameters
+        ----------
+        ignore
+            Leave the watched signals ignored instead of as they were before: this process has said its last
+            word and must not be killed between it and its exit code.
+        """
+        if self._pipe is None:
+            return
+        for number, previous in self._previous.items():
+            keep = signal.SIG_DFL if previous is None else previous
+            signal.signal(number, signal.SIG_IGN if ignore else keep)
+        signal.set_wakeup_fd(self._previous_fd)
+        read_fd, write_fd = self._pipe
+        self._pipe = None
+        os.close(write_fd)  # the thread reads the end of the pipe and leaves
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        os.close(read_fd)
+
+    def _record(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - Python's signature
+        # The C handler has written the number already; here only impatience is noted.
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+
+    def _listen(self) -> None:
+        assert self._pipe is not None
+        read_fd = self._pipe[0]
+        while data := os.read(read_fd, 64):
+            for number in data:
+                if number in WATCHED:
+                    self._on_signal(signal.Signals(number).name)
