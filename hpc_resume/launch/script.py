@@ -1,0 +1,185 @@
+"""The sbatch script of a run, as text: ``templates/job.sbatch.j2`` filled in."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpc_resume._version import __version__
+from hpc_resume.config import Config
+from hpc_resume.errors import UsageError
+
+_TEMPLATE = "job.sbatch.j2"
+#: What a rank reads of the settings; the rest has served its purpose when the script is written.
+_SETTINGS_OF_RANKS = ("name", "seed", "warning_lead_s", "warning_signal", "checkpoint", "stop", "budget")
+#: Source: sbatch(1), --signal.
+_LONGEST_LEAD_S = 65535
+
+_WHY = {
+    "open-mode": "A requeued job goes on writing to the same log.",
+    "signal": "Warns every rank that many seconds before the time limit, or up to 30 earlier.",
+    "requeue": "Lets Slurm start the job again after a preemption or a node failure.",
+}
+
+
+def render(
+    config: Config,
+    *,
+    command: Sequence[str] | str,
+    run_dir: Path,
+    config_path: Path | None = None,
+    output: str = "%x-%j.log",
+    rank_output: str | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> str:
+    """Write the sbatch script of a run.
+
+    Parameters
+    ----------
+    config
+        Its first node type is asked for.
+    command
+        What every rank runs: words, or one line of shell.
+    run_dir
+        The run's folder; the job makes it if need be.
+    config_path
+        The stored configuration. Without one the script carries the settings that the ranks read, so that it
+        can be copied anywhere.
+    output
+        Slurm's pattern of the log; its folder must exist when the job starts.
+    rank_output
+        Pattern of a log for each rank, with ``%t`` for the rank; without it they share the job's.
+    variables
+        Exported on top of the configured ones.
+
+    Raises
+    ------
+    UsageError
+        If a value can't be written into a script.
+    """
+    import jinja2
+
+    slurm, node_type = config.slurm, config.node_types[0]
+    exports = dict(config.environment.variables)
+    exports["HPC_RESUME_RUN_DIR"] = str(run_dir)
+    if config_path is not None:
+        exports["HPC_RESUME_CONFIG"] = str(config_path)
+    else:
+        exports.update(_settings_as_variables(config))
+    if node_type.name != type(node_type)().name:
+        exports["HPC_RESUME_NODE_TYPE"] = node_type.name
+    exports.update(variables or {})
+
+    words = ["srun", "--kill-on-bad-exit=1"]
+    if rank_output is not None:
+        words.append(f"--output={rank_output}")
+    words += [*slurm.srun_args, *slurm.container]
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - a shell script, quoted by the filter below
+    )
+    environment.filters["quote"] = shlex.quote
+    return environment.from_string(_template()).render(
+        title=f"Job of the run {config.name!r}. Written by hpc_resume {__version__}.",
+        run_dir=_one_line("run_dir", str(run_dir)),
+        directives=list(_directives(config, output)),
+        setup=config.environment.setup,
+        variables={name: _one_line(name, value) for name, value in exports.items()},
+        srun=shlex.join(words),
+        command=_one_line("command", command if isinstance(command, str) else shlex.join(command)),
+    )
+
+
+def slurm_time(seconds: float) -> str:
+    """Write a duration as ``HH:MM:SS``, rounded up; Slurm takes more than 24 hours so, too."""
+    whole = math.ceil(seconds)
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _directives(config: Config, output: str) -> list[tuple[str | None, str]]:
+    """Lines after ``#SBATCH``, each with the comment above it."""
+    slurm, node_type = config.slurm, config.node_types[0]
+    limit_s = node_type.time_limit_s or config.time_limit_s
+    lead_s = min(math.ceil(config.warning_lead_s), _LONGEST_LEAD_S)
+    options: dict[str, Any] = {
+        "job-name": config.name,
+        "output": output,
+        "open-mode": "append",
+        "time": None if limit_s is None else slurm_time(limit_s),
+        "signal": f"{config.warning_signal}@{lead_s}" if lead_s else None,
+        "requeue" if slurm.requeue else "no-requeue": True,
+        "partition": node_type.partition,
+        "constraint": node_type.constraint,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "nodes": node_type.nodes,
+        "ntasks-per-node": node_type.tasks_per_node,
+        "cpus-per-task": node_type.cpus_per_task,
+        "gpus-per-node": node_type.gpus_per_node or None,
+        "gres": slurm.gres,
+        "mem": None if node_type.mem_gb is None else _memory(node_type.mem_gb),
+        "exclude": slurm.exclude,
+        "nodelist": slurm.nodelist,
+    }
+    options |= {name.replace("_", "-"): value for name, value in slurm.additional_parameters.items()}
+    return [
+        (_WHY.get(name), f"--{name}" if value is True else f"--{name}={_directive_value(name, value)}")
+        for name, value in options.items()
+        if value is not None and value is not False
+    ]
+
+
+def _memory(size_gb: float) -> str:
+    return f"{size_gb:.0f}G" if size_gb == int(size_gb) else f"{math.ceil(size_gb * 1024)}M"
+
+
+def _directive_value(name: str, value: Any) -> str:
+    return shlex.quote(_one_line(f"--{name}", str(value)))
+
+
+def _one_line(name: str, value: str) -> str:
+    if "\n" in value or "\r" in value:
+        raise UsageError(
+            f"{name}: {value!r} has a line break, which can't stand in an sbatch script; remove it"
+        )
+    return value
+
+
+def _settings_as_variables(config: Config) -> dict[str, str]:
+    """Give the settings that ranks read and that are not their defaults as ``HPC_RESUME_*`` variables."""
+    actual, default = config.model_dump(mode="json"), Config().model_dump(mode="json")
+    actual["time_limit_s"] = config.node_types[0].time_limit_s or config.time_limit_s
+    found: dict[str, str] = {}
+
+    def collect(at: str, value: Any, usual: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{at}__{key}", inner, usual[key])
+        elif value != usual:
+            found[f"HPC_RESUME_{at.upper()}"] = _scalar(value)
+
+    for key in (*_SETTINGS_OF_RANKS, "time_limit_s"):
+        collect(key, actual[key], default[key])
+    return found
+
+
+def _scalar(value: Any) -> str:
+    """Write a value as the environment variable that is read back as that value."""
+    return str(yaml.safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("...\n").strip()
+
+
+def _template() -> str:
+    try:
+        folder = resources.files("hpc_resume.templates")
+    except ModuleNotFoundError:  # a checkout that is not installed: setup.cfg maps the folder
+        return (Path(__file__).parents[2] / "templates" / _TEMPLATE).read_text()
+    return (folder / _TEMPLATE).read_text()

@@ -1,0 +1,362 @@
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpc_resume.config import Config
+from hpc_resume.errors import UsageError
+from hpc_resume.launch.script import render, slurm_time
+
+RUN_DIR = Path("/scratch/eve/runs/gpt")
+SLURM_ENVIRON = {"SLURM_JOB_ID": "12"}
+
+# Stand-ins for Slurm's commands: they write down how they were called, and answer from files.
+FAKES = {
+    "srun": """\
+echo "srun $*" >> calls; env | grep -E '^(HPC_RESUME|SRUN|PYTHONUN|SUBMITIT|A_)' >> environment
+while [[ ${1:-} == -* ]]; do shift; done
+"$@"
+""",
+    "scontrol": """\
+echo "scontrol $*" >> calls
+if [ "$1" = requeue ]; then
+    cat answer 2>/dev/null
+    exit "$(cat code 2>/dev/null || echo 0)"
+fi
+count=$(grep -c 'scontrol show' calls)
+if [ -e "facts-$count" ]; then cat "facts-$count"; else cat facts; fi
+""",
+    "sleep": "echo sleep >> calls\n",
+}
+
+
+def facts(state, reason="None"):
+    return (
+        "JobId=12 JobName=a JobState=RUNNING Reason=TimeLimit\n   UserId=eve(1000)\n"
+        f"   JobState={state} Reason={reason} Dependency=(null)\n   Requeue=1 Restarts=0\n"
+        "   Comment=JobState=RUNNING Reason=TimeLimit\n"
+    )
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """Run a rendered script where srun and scontrol are stand-ins; gives (exit code, stderr, calls)."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, body in FAKES.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}")
+        (tools / name).chmod(0o755)
+
+    def run(command, *, config=None, environ=SLURM_ENVIRON, **given):
+        (tmp_path / "calls").write_text("")
+        text = render(config or Config(), command=command, run_dir=RUN_DIR, **given)
+        done = subprocess.run(
+            ["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+            env={"PATH": f"{tools}:{os.environ['PATH']}", **environ},
+        )  # fmt: skip
+        return done.returncode, done.stderr, (tmp_path / "calls").read_text().splitlines()
+
+    run.folder = tmp_path
+    return run
+
+
+def asked(calls, what):
+    return [call for call in calls if call.startswith(f"scontrol {what}")]
+
+
+def directives(config, **given):
+    text = render(config, command=["true"], run_dir=RUN_DIR, **given)
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+# -- what Slurm is asked for ------------------------------------------------------------------------------
+
+
+def test_every_setting_reaches_its_directive():
+    config = Config.load(
+        overrides={
+            "name": "gpt",
+            "time_limit_s": 90_061,
+            "warning_lead_s": 300,
+            "warning_signal": "USR1",
+            "node_types": [
+                {
+                    "partition": "main",
+                    "constraint": "a100|h100",
+                    "nodes": 2,
+                    "tasks_per_node": 4,
+                    "cpus_per_task": 8,
+                    "gpus_per_node": 4,
+                    "mem_gb": 240,
+                }
+            ],
+            "slurm.account": "lab 7",
+            "slurm.qos": "long",
+            "slurm.exclude": "n[1-3]",
+            "slurm.nodelist": "n4",
+            "slurm.gres": "tmp:1",
+            "slurm.additional_parameters": {"mail_type": "FAIL", "exclusive": True, "hold": False},
+        }
+    )
+    assert directives(config, output="/logs/%j.log") == [
+        "--job-name=gpt",
+        "--output=/logs/%j.log",
+        "--open-mode=append",
+        "--time=25:01:01",
+        "--signal=USR1@300",
+        "--requeue",
+        "--partition=main",
+        "--constraint='a100|h100'",
+        "--account='lab 7'",
+        "--qos=long",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--cpus-per-task=8",
+        "--gpus-per-node=4",
+        "--gres=tmp:1",
+        "--mem=240G",
+        "--exclude='n[1-3]'",
+        "--nodelist=n4",
+        "--mail-type=FAIL",
+        "--exclusive",
+    ]
+
+
+def test_what_is_not_set_is_left_to_the_site():
+    assert directives(Config()) == [
+        "--job-name=run",
+        "--output=%x-%j.log",
+        "--open-mode=append",
+        "--signal=USR2@120",
+        "--requeue",
+        "--nodes=1",
+        "--ntasks-per-node=1",
+    ]
+
+
+def test_the_node_types_time_limit_wins_and_an_additional_parameter_wins_over_all():
+    config = Config.load(
+        overrides={"time_limit_s": 7200, "node_types": [{"time_limit_s": 3600, "mem_gb": 1.5}]}
+    )
+    assert "--time=01:00:00" in directives(config)
+    assert "--mem=1536M" in directives(config)
+    other = config.replace(slurm={"additional_parameters": {"time": "5"}, "requeue": False})
+    assert [line for line in directives(other) if "time" in line] == ["--time=5"]
+    assert "--no-requeue" in directives(other)
+    assert "--requeue" not in directives(other)
+
+
+def test_without_a_lead_there_is_no_warning():
+    assert not [line for line in directives(Config(warning_lead_s=0)) if "signal" in line]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(60, "00:01:00"), (59.2, "00:01:00"), (3600, "01:00:00"), (172_800, "48:00:00"), (360_001, "100:00:01")],
+)
+def test_slurm_time(seconds, text):
+    assert slurm_time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"run_dir": Path("/a\n#SBATCH --uid=0")},
+        {"output": "a\nb"},
+        {"command": "one\ntwo"},
+        {"variables": {"A": "x\ny"}},
+    ],
+)
+def test_a_line_break_cannot_smuggle_in_a_line(given):
+    with pytest.raises(UsageError, match="line break"):
+        render(Config(), **{"command": ["true"], "run_dir": RUN_DIR, **given})
+
+
+# -- what the ranks are told ------------------------------------------------------------------------------
+
+
+def test_with_a_stored_configuration_its_path_is_all(batch):
+    config = Config.load(
+        overrides={
+            "checkpoint.every_steps": 7,
+            "environment.variables": {"A_B": "it's $HOME"},
+            "environment.setup": ["A_SETUP='done here'", "export A_SETUP"],
+            "slurm.srun_args": ["--cpu-bind=cores"],
+            "slurm.container": ["env"],
+            "node_types": [{"name": "a100"}],
+        }
+    )
+    code, _, calls = batch(
+        ["true", "a b"], config=config, config_path=Path("/c.yaml"), rank_output="/logs/%j_%t.log",
+        variables={"SUBMITIT_EXECUTOR": "slurm"}, environ={**SLURM_ENVIRON, "SLURM_CPUS_PER_TASK": "8"},
+    )  # fmt: skip
+    assert code == 0
+    assert calls == ["srun --kill-on-bad-exit=1 --output=/logs/%j_%t.log --cpu-bind=cores env true a b"]
+    assert sorted((batch.folder / "environment").read_text().splitlines()) == [
+        "A_B=it's $HOME",
+        "A_SETUP=done here",
+        "HPC_RESUME_BATCH=1",
+        "HPC_RESUME_CONFIG=/c.yaml",
+        "HPC_RESUME_NODE_TYPE=a100",
+        "HPC_RESUME_RUN_DIR=/scratch/eve/runs/gpt",
+        "PYTHONUNBUFFERED=1",
+        "SRUN_CPUS_PER_TASK=8",
+        "SUBMITIT_EXECUTOR=slurm",
+    ]
+
+
+def test_without_one_the_ranks_read_the_same_settings_from_the_environment(batch):
+    config = Config.load(
+        overrides={
+            "name": "on",  # YAML would read it as true
+            "seed": 3,
+            "warning_lead_s": 33,
+            "warning_signal": "USR1",
+            "checkpoint": {"every_steps": 7, "every_s": None},
+            "stop.watchdog_s": 12.5,
+            "budget.max_idle": 9,
+            "node_types": [{"time_limit_s": 3600}],
+        }
+    )
+    assert batch(["true"], config=config)[0] == 0
+    lines = (batch.folder / "environment").read_text().splitlines()
+    environ = dict(line.split("=", 1) for line in lines)
+    read = Config.load(environ=environ)
+    for setting in ("name", "seed", "warning_lead_s", "warning_signal", "checkpoint", "stop", "budget"):
+        assert getattr(read, setting) == getattr(config, setting), setting
+    assert read.time_limit_s == 3600
+    assert read.run_dir == str(RUN_DIR)
+
+
+def test_a_line_of_shell_is_taken_as_it_is(batch):
+    assert batch('bash -c "exit 0" && true')[0] == 0
+
+
+# -- what comes next --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 74, 76, 127, 128, 193, 255])
+def test_the_end_or_a_failure_is_passed_on_and_nothing_is_asked(batch, code):
+    got, _, calls = batch(["bash", "-c", f"exit {code}"])
+    assert got == code
+    assert asked(calls, "") == []
+
+
+@pytest.mark.parametrize("code", [75, 129, 137, 143, 192])
+@pytest.mark.parametrize(
+    ("state", "reason"), [("RUNNING", "None"), ("COMPLETING", "TimeLimit"), ("TIMEOUT", "TimeLimit")]
+)
+def test_an_interruption_is_requeued(batch, code, state, reason):
+    (batch.folder / "facts").write_text(facts(state, reason))
+    got, err, calls = batch(["bash", "-c", f"exit {code}"])
+    assert got == 0
+    assert asked(calls, "requeue") == ["scontrol requeue 12"]
+    assert "will go on" in err
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        pytest.param("COMPLETING", "None", id="cancelled, or requeued by Slurm"),
+        pytest.param("CANCELLED", "None", id="cancelled"),
+        pytest.param("COMPLETING", "NonZeroExitCode", id="failed"),
+        pytest.param("PENDING", "BeginTime", id="requeued already"),
+    ],
+)
+def test_a_job_that_is_being_ended_is_left_alone(batch, state, reason):
+    (batch.folder / "facts").write_text(facts(state, reason))
+    got, err, calls = batch(["bash", "-c", "exit 75"])
+    assert got == 75
+    assert asked(calls, "requeue") == []
+    assert f"JobState={state} Reason={reason}" in err
+
+
+def test_a_rank_was_faster(batch):
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    (batch.folder / "answer").write_text("Job is pending execution for job 12\n")
+    (batch.folder / "code").write_text("1")
+    assert batch(["bash", "-c", "exit 75"])[0] == 0
+
+
+def test_a_refusal_is_told_and_the_code_passed_on(batch):
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    (batch.folder / "answer").write_text("Requested operation is presently disabled\n")
+    (batch.folder / "code").write_text("1")
+    code, err, _ = batch(["bash", "-c", "exit 75"])
+    assert code == 75
+    assert "presently disabled" in err
+    assert "submit it again" in err
+
+
+def test_a_lookup_that_fails_is_tried_again(batch):
+    (batch.folder / "facts-1").write_text("")
+    (batch.folder / "facts-2").write_text("slurm_load_jobs error: Unable to contact slurm controller\n")
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    code, _, calls = batch(["bash", "-c", "exit 75"])
+    assert code == 0
+    assert len(asked(calls, "show")) == 3
+
+
+def test_a_lookup_that_fails_for_good_requeues_nothing(batch):
+    (batch.folder / "facts").write_text("slurm_load_jobs error: Unable to contact slurm controller\n")
+    code, err, calls = batch(["bash", "-c", "exit 75"])
+    assert code == 75
+    assert asked(calls, "requeue") == []
+    assert "(unknown)" in err
+
+
+def test_an_array_element_is_named_by_array_and_index(batch):
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    environ = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    _, _, calls = batch(["bash", "-c", "exit 75"], environ=environ)
+    assert asked(calls, "") == ["scontrol show job 12_3", "scontrol requeue 12_3"]
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_signals_do_not_end_the_script_before_srun(batch, code):
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    # The command's parent's parent is the script: bash, then the stand-in for srun, then the command.
+    hits = "shell=$(ps -o ppid= $PPID); for s in CONT TERM USR2 USR1 TERM; do kill -$s $shell; read -t 0.05 <> <(:); done"
+    got, _, calls = batch(["bash", "-c", f"{hits}; echo over >> calls; exit {code}"])
+    assert got == 0
+    assert "over" in calls
+    assert len(asked(calls, "requeue")) == (code == 75)
+
+
+def test_scontrol_outlives_the_jobs_sigterm(batch):
+    # Slurm signals every process of the batch step, the scontrol that is just asking included.
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    scontrol = batch.folder / "bin/scontrol"
+    scontrol.write_text(scontrol.read_text().replace("#!/bin/bash\n", "#!/bin/bash\nkill -TERM $$\n"))
+    code, _, calls = batch(["bash", "-c", "exit 75"])
+    assert code == 0
+    assert asked(calls, "requeue") == ["scontrol requeue 12"]
+
+
+def test_strict_shell_options_of_a_setup_line_do_no_harm(batch):
+    (batch.folder / "facts-1").write_text("")
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    config = Config(environment={"setup": ["set -euo pipefail"]})
+    code, _, calls = batch(["bash", "-c", "exit 75"], config=config)
+    assert code == 0
+    assert asked(calls, "requeue") == ["scontrol requeue 12"]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say(tmp_path):
+    script = tmp_path / "job.sbatch"
+    script.write_text(render(Config(), command=["python", "train.py"], run_dir=RUN_DIR))
+    done = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+
+
+def test_lines_are_not_too_long_to_read():
+    text = render(
+        Config.load(Path(__file__).parents[2] / "configs/mycluster.yaml"),
+        command=["python", "train.py"],
+        run_dir=RUN_DIR,
+    )
+    assert max(map(len, text.splitlines())) <= 110
+    assert "\n\n\n" not in text
