@@ -25,7 +25,7 @@ from hpc_resume.files import Clock
 from hpc_resume.launch.attempt import Allocation, Attempt, Process, Times
 from hpc_resume.policy.exits import Outcome, after_exit
 from hpc_resume.rundir import RunDirectory
-from hpc_resume.scheduler.local import LocalState, process_ticks
+from hpc_resume.scheduler.local import LocalState, process_ticks, state_path
 
 _POLL_S = 1 / 16
 #: An attempt that is over sooner is followed by a pause, so that a program that always asks to be continued
@@ -86,11 +86,6 @@ class Plan:
     def log_path(self, rank: int) -> Path:
         """Where a rank's output goes; the name is submitit's."""
         return Path(self.folder) / f"{self.job_id}_{rank}_log.out"
-
-
-def state_path(folder: Path, job_id: str) -> Path:
-    """Path of a job's state file."""
-    return folder / f"{job_id}_state.json"
 
 
 #: Starts a rank: ``spawn(command, variables, log_path)``.

@@ -93,8 +93,7 @@ class JobHandle:
         ``UNKNOWN``: this can't be found out from here.
         """
         if self.scheduler == "local":
-            from hpc_resume.launch.controller import state_path
-            from hpc_resume.scheduler.local import LocalState
+            from hpc_resume.scheduler.local import LocalState, state_path
 
             try:
                 record = LocalState.read(state_path(jobs_folder(self.run_dir), self.job_id))

@@ -21,8 +21,8 @@ from submitit.local.local import LocalExecutor, LocalJob
 from hpc_resume.config import Config
 from hpc_resume.errors import IntegrityError, SchedulerError
 from hpc_resume.launch.attempt import Allocation, Times
-from hpc_resume.launch.controller import Plan, initial_state, state_path
-from hpc_resume.scheduler.local import LocalState
+from hpc_resume.launch.controller import Plan, initial_state
+from hpc_resume.scheduler.local import LocalState, state_path
 
 #: Starting an interpreter on a cold file system takes seconds.
 _START_S = 60.0

@@ -87,6 +87,11 @@ class LocalState:
         return process_ticks(self.controller_pid) == self.controller_ticks
 
 
+def state_path(folder: Path, job_id: str) -> Path:
+    """Path of a job's state file; the folder is ``RUN_DIR/jobs``."""
+    return folder / f"{job_id}_state.json"
+
+
 def process_ticks(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; ``None`` if it is gone or only a zombie.
 

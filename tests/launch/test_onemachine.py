@@ -15,10 +15,9 @@ import pytest
 from hpc_resume.config import Config
 from hpc_resume.errors import SchedulerError
 from hpc_resume.launch import onemachine
-from hpc_resume.launch.controller import state_path
 from hpc_resume.launch.entry import FunctionEntry
 from hpc_resume.launch.onemachine import OneMachineExecutor, OneMachineJob, clean_environment, new_job_id
-from hpc_resume.scheduler.local import LocalState, process_ticks
+from hpc_resume.scheduler.local import LocalState, process_ticks, state_path
 
 REPOSITORY = Path(__file__).parents[2]
 

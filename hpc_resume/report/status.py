@@ -1,0 +1,274 @@
+"""How a run is: its attempts, why each ended, and what was lost. Read from the run directory alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_resume.errors import IntegrityError
+from hpc_resume.files import Clock, JsonObject
+from hpc_resume.journal import read_events
+from hpc_resume.rundir import RunDirectory, checkpoint_step
+from hpc_resume.scheduler.cause import Cause
+from hpc_resume.scheduler.local import LocalState, process_ticks, state_path
+
+#: Without a scheduler's word, an attempt whose journal has been silent for longer counts as interrupted.
+_SILENCE_S = 600.0
+#: The last line of a metrics file is in here.
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptStatus:
+    """One attempt.
+
+    Parameters
+    ----------
+    cause
+        Why it ended, a value of :class:`~hpc_resume.scheduler.cause.Cause`; ``None`` while it runs.
+    evidence
+        What the cause was concluded from.
+    decision
+        ``"continue"``, ``"stop"``, ``"done"``, or ``None`` if it had no last word.
+    started, ended
+        Unix seconds.
+    first_step, last_step
+        Completed steps at its start and at its end; ``None`` if it never got that far.
+    steps_lost
+        Steps that the next attempt did again.
+    """
+
+    attempt: int
+    job_id: str | None
+    restart_count: int | None
+    world_size: int | None
+    node_type: str | None
+    nodes: tuple[str, ...]
+    cause: str | None
+    evidence: str
+    decision: str | None
+    started: float | None
+    ended: float | None
+    first_step: int | None
+    last_step: int | None
+    steps_lost: int
+    exit_code: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """A run.
+
+    Parameters
+    ----------
+    state
+        ``"done"``, ``"running"``, ``"waiting"`` (its next attempt will begin by itself), ``"interrupted"``
+        (it will not), ``"cancelled"`` or ``"failed"``.
+    step
+        Completed steps.
+    why
+        What the state was concluded from.
+    last_sign
+        Unix time of the last entry of the journal.
+    newest
+        Name of the newest checkpoint.
+    """
+
+    run_id: str
+    name: str
+    state: str
+    why: str
+    step: int
+    attempts: tuple[AttemptStatus, ...]
+    steps_lost: int
+    checkpoints: tuple[str, ...]
+    newest: str | None
+    last_sign: float | None
+
+    def to_json(self) -> JsonObject:
+        """JSON form, with the fields' names."""
+        return dataclasses.asdict(self)
+
+
+def status(root: Path, *, clock: Clock = time.time) -> RunStatus:
+    """Read how a run is.
+
+    Parameters
+    ----------
+    root
+        The run directory.
+
+    Raises
+    ------
+    CheckpointNotFound
+        If it is no run directory.
+    IntegrityError
+        If its identity is damaged.
+    """
+    run = RunDirectory(root)
+    identity = run.identity()
+    traces = [_Trace(run, number) for number in run.attempt_numbers()]
+    names = run.checkpoint_names()
+    alive, state, why = _state(run, traces, clock())
+    attempts = []
+    for place, trace in enumerate(traces):
+        over = place < len(traces) - 1 or not alive
+        attempts.append(trace.status(over=over, next_first=_next_first_step(traces[place + 1 :])))
+    known = [trace.last_step for trace in traces if trace.last_step is not None]
+    return RunStatus(
+        run_id=identity["run_id"],
+        name=str(identity.get("name", root.name)),
+        state=state,
+        why=why,
+        step=known[-1] if known else checkpoint_step(names[-1]) if names else 0,
+        attempts=tuple(attempts),
+        steps_lost=sum(attempt.steps_lost for attempt in attempts),
+        checkpoints=tuple(names),
+        newest=names[-1] if names else None,
+        last_sign=traces[-1].last_sign if traces else None,
+    )
+
+
+class _Trace:
+    """What an attempt has left on disk."""
+
+    def __init__(self, run: RunDirectory, number: int) -> None:
+        self.number = number
+        self.record = _json_object(run.attempt(number) / "attempt.json")
+        self.events = read_events(run.attempt(number) / "events.jsonl")
+        self.ended = _last(self.events, {"ended"})
+        begun = _last(self.events, {"restored", "fresh"})
+        self.first_step = None if begun is None else int(begun.get("step", 0))
+        self.last_step = self._last_step(run.attempt(number))
+
+    @property
+    def last_sign(self) -> float | None:
+        times = [event["t"] for event in self.events if isinstance(event.get("t"), (int, float))]
+        return times[-1] if times else self.record.get("started")
+
+    def _last_step(self, folder: Path) -> int | None:
+        if self.ended is not None and isinstance(self.ended.get("step"), int):
+            return int(self.ended["step"])
+        steps = [event["step"] for event in self.events if isinstance(event.get("step"), int)]
+        metrics = [_last_metric_step(path) for path in folder.glob("metrics-rank-*.jsonl")]
+        steps += [step + 1 for step in metrics if step is not None]  # a metric's step counts from 0
+        return max(steps, default=None)
+
+    def status(self, *, over: bool, next_first: int | None) -> AttemptStatus:
+        stop = _last(self.events, {"stop_requested"}) or {}
+        ended = self.ended or {}
+        cause = ended.get("cause") or (stop.get("cause") or Cause.UNKNOWN.value if over else None)
+        lost = 0 if next_first is None or self.last_step is None else max(0, self.last_step - next_first)
+        record = self.record
+        return AttemptStatus(
+            attempt=self.number,
+            job_id=record.get("job_id"),
+            restart_count=record.get("restart_count"),
+            world_size=record.get("world_size"),
+            node_type=record.get("node_type"),
+            nodes=tuple(record.get("nodes") or ()),
+            cause=cause,
+            evidence=str(ended.get("why") or stop.get("evidence") or ("left no last word" if over else "")),
+            decision=ended.get("decision"),
+            started=record.get("started"),
+            ended=ended.get("t") or (self.last_sign if over else None),
+            first_step=self.first_step,
+            last_step=self.last_step,
+            steps_lost=lost,
+            exit_code=ended.get("exit_code"),
+        )
+
+
+def _state(run: RunDirectory, traces: Sequence[_Trace], now_s: float) -> tuple[bool, str, str]:
+    """Whether the last attempt is alive, and the run's state with the reason for it."""
+    last = traces[-1] if traces else None
+    ended = (last.ended if last else None) or {}
+    if ended.get("decision") == "done":
+        return False, "done", str(ended.get("why") or "all steps are done")
+    if ended.get("decision") == "stop":
+        state = "cancelled" if ended.get("cause") == Cause.CANCEL.value else "failed"
+        return False, state, str(ended.get("why", ""))
+    job = _local_job(run, last)
+    if job is not None:
+        return _state_by_job(job, begun=last is not None, ended=bool(ended))
+    if last is None:
+        return False, "waiting", "no attempt has begun"
+    if ended:
+        scheduled = last.record.get("kind") == "slurm"
+        why = str(ended.get("why", ""))
+        return (
+            False,
+            "waiting" if scheduled else "interrupted",
+            why if scheduled else f"{why}; start it again",
+        )
+    if (alive := _process_alive(last.record)) is not None:
+        return alive, "running" if alive else "interrupted", "its process " + ("runs" if alive else "is gone")
+    silence_s = now_s - (last.last_sign or 0.0)
+    alive = silence_s < _SILENCE_S
+    return alive, "running" if alive else "interrupted", f"the journal's last entry is {silence_s:.0f} s old"
+
+
+def _state_by_job(job: LocalState, *, begun: bool, ended: bool) -> tuple[bool, str, str]:
+    if job.alive():
+        running = begun and not ended and job.state != "PENDING"
+        return running, "running" if running else "waiting", f"job {job.job_id} is {job.state}"
+    words = {"COMPLETED": "done", "CANCELLED": "cancelled", "FAILED": "failed"}
+    return False, words.get(job.state, "interrupted"), job.why or f"job {job.job_id} was killed"
+
+
+def _local_job(run: RunDirectory, last: _Trace | None) -> LocalState | None:
+    """Find the newest job of the embedded scheduler, unless the last attempt is another scheduler's."""
+    if last is not None and last.record.get("kind") not in {"local", None}:
+        return None
+    folder = run.root / "jobs"
+    paths = [path for path in folder.glob(state_path(Path(), "*").name) if not path.name.startswith(".")]
+    newest = max(paths, key=lambda path: path.name, default=None)  # ids begin with the time
+    try:
+        return None if newest is None else LocalState.read(newest)
+    except (OSError, IntegrityError):
+        return None
+
+
+def _process_alive(record: JsonObject) -> bool | None:
+    """Whether the single process of a plain run lives; None if that can't be told from here."""
+    rendezvous = str(record.get("rendezvous", ""))
+    pid = rendezvous.removeprefix("plain-")
+    if pid == rendezvous or not pid.isdecimal() or record.get("nodes") != [os.uname().nodename]:
+        return None
+    return process_ticks(int(pid)) is not None
+
+
+def _next_first_step(later: Iterable[_Trace]) -> int | None:
+    return next((trace.first_step for trace in later if trace.first_step is not None), None)
+
+
+def _last(events: Sequence[JsonObject], kinds: set[str]) -> JsonObject | None:
+    return next((event for event in reversed(events) if event.get("event") in kinds), None)
+
+
+def _last_metric_step(path: Path) -> int | None:
+    """Step of the last whole line of a metrics file."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        for line in reversed(file.read().splitlines()):
+            try:
+                step: Any = json.loads(line)["step"]
+            except (ValueError, LookupError, TypeError):
+                continue
+            if isinstance(step, int):
+                return step
+    return None
+
+
+def _json_object(path: Path) -> JsonObject:
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,140 @@
+"""Tables for people: aligned lines, or for a notebook HTML; and numbers as people read them."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hpc_resume.report.checkpoints import CheckpointSummary
+from hpc_resume.report.status import AttemptStatus, RunStatus
+
+#: Causes in words; what is not here is its own word.
+CAUSES = {
+    "time_limit": "time limit",
+    "preemption": "preempted",
+    "requeue": "requeued",
+    "cancel": "cancelled",
+    "node_failure": "node failed",
+    "crash": "crashed",
+    "no_progress": "no progress",
+    "unknown": "killed",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A heading, columns and rows of text; ``right`` says which columns are numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: tuple[str, ...] = ()
+    note: str = ""
+
+    def lines(self) -> list[str]:
+        """Aligned lines of text."""
+        lines = [self.title] if self.title else []
+        if self.rows:
+            grid = (self.columns, *self.rows)
+            widths = [max(len(row[place]) for row in grid) for place in range(len(self.columns))]
+            for row in grid:
+                cells = [
+                    cell.rjust(width) if column in self.right else cell.ljust(width)
+                    for cell, width, column in zip(row, widths, self.columns, strict=True)
+                ]
+                lines.append("  ".join(cells).rstrip())
+        return [*lines, self.note] if self.note else lines
+
+    def html(self) -> str:
+        """HTML for a notebook."""
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows
+        )
+        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if self.rows else ""
+        return f"<p><b>{html.escape(self.title)}</b></p>{table}{note}"
+
+
+def status_table(status: RunStatus, *, now_s: float | None = None) -> Table:
+    """Show a run's attempts."""
+    now_s = time.time() if now_s is None else now_s
+    attempts = len(status.attempts)
+    counted = f"{attempts} attempt{'' if attempts == 1 else 's'}, {status.steps_lost} steps lost"
+    return Table(
+        title=f"{status.name}: {status.state} at step {status.step}, {counted}",
+        columns=("attempt", "node type", "ranks", "steps", "ended by", "lost", "took"),
+        right=("attempt", "ranks", "lost", "took"),
+        rows=tuple(_attempt_row(attempt, now_s) for attempt in status.attempts),
+        note=_note(status),
+    )
+
+
+def checkpoint_table(title: str, checkpoints: Sequence[CheckpointSummary]) -> Table:
+    """Show a run's checkpoints."""
+    return Table(
+        title=title,
+        columns=("step", "checkpoint", "why", "ranks", "node type", "size", "attempt", "written"),
+        right=("step", "ranks", "size", "attempt"),
+        rows=tuple(_checkpoint_row(each) for each in checkpoints),
+    )
+
+
+def _checkpoint_row(each: CheckpointSummary) -> tuple[str, ...]:
+    if each.problem is not None:
+        return (str(each.step), each.name, f"damaged: {each.problem}", "", "", "", "", "")
+    return (
+        str(each.step),
+        each.name,
+        each.reason or "",
+        _text(each.world_size),
+        _text(each.node_type),
+        size_text(each.size_bytes or 0),
+        _text(each.attempt),
+        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.created or 0)),
+    )
+
+
+def _attempt_row(attempt: AttemptStatus, now_s: float) -> tuple[str, ...]:
+    cause = "running" if attempt.cause is None else CAUSES.get(attempt.cause, attempt.cause)
+    took = "" if attempt.started is None else duration_text((attempt.ended or now_s) - attempt.started)
+    steps = "" if attempt.first_step is None else f"{attempt.first_step} → {_text(attempt.last_step)}"
+    return (
+        str(attempt.attempt),
+        _text(attempt.node_type) or ", ".join(attempt.nodes),
+        _text(attempt.world_size),
+        steps,
+        cause,
+        str(attempt.steps_lost),
+        took,
+    )
+
+
+def _note(status: RunStatus) -> str:
+    if status.state in {"done", "running"}:
+        return ""
+    return status.why
+
+
+def duration_text(seconds: float) -> str:
+    """Write a duration in its two largest units: ``"2 h 05 min"``."""
+    whole = max(0, round(seconds))
+    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part:02d} {below}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+
+
+def size_text(size_bytes: float) -> str:
+    """Write a size with its decimal unit: ``"1.5 GB"``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} PB"
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
