@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from hpc_resume.errors import CheckpointNotFound, IntegrityError, UsageError
 from hpc_resume.files import DISK, Clock, Filesystem
+from hpc_resume.rundir import RunDirectory
 from hpc_resume.scheduler.base import UNKNOWN
 
 SCHEMA = 1
@@ -53,6 +54,8 @@ class JobHandle:
         Digest of its configuration.
     submitted
         Unix seconds.
+    returns
+        Whether it runs a function, which has a result.
     """
 
     job_id: str
@@ -61,6 +64,7 @@ class JobHandle:
     what: str
     config: str
     submitted: float
+    returns: bool = False
 
     def record(self, *, fs: Filesystem = DISK) -> None:
         """Write the record from which :func:`find_jobs` finds the job again."""
@@ -71,6 +75,7 @@ class JobHandle:
             "what": self.what,
             "config": self.config,
             "submitted": self.submitted,
+            "returns": self.returns,
         }
         path = jobs_folder(self.run_dir) / f"{self.job_id}_job.json"
         fs.write_file(path, json.dumps(values, indent=1).encode())
@@ -162,20 +167,46 @@ class JobHandle:
 
 
 def find_jobs(run_dir: Path) -> list[JobHandle]:
-    """Find all jobs that were submitted for a run, in the order of submission."""
-    jobs = []
+    """Find all jobs of a run in the order of submission: ours, and those that a person gave to ``sbatch``.
+
+    Raises
+    ------
+    IntegrityError
+        If a record is damaged.
+    """
+    jobs = {}
     for path in jobs_folder(run_dir).glob("*_job.json"):
         try:
             values = json.loads(path.read_bytes())
-            jobs.append(
-                JobHandle(
-                    run_dir=run_dir,
-                    **{key: values[key] for key in ("job_id", "scheduler", "what", "config", "submitted")},
-                )
-            )
+            fields = {
+                key: values[key] for key in ("job_id", "scheduler", "what", "config", "submitted", "returns")
+            }
+            jobs[values["job_id"]] = JobHandle(run_dir=run_dir, **fields)
         except (ValueError, LookupError, TypeError) as error:
             raise IntegrityError(f"{path}: damaged ({error})") from error
-    return sorted(jobs, key=lambda job: (job.submitted, job.job_id))
+    run = RunDirectory(run_dir)
+    for number in run.attempt_numbers():
+        job = _job_of_attempt(run, number)
+        if job is not None:
+            jobs.setdefault(job.job_id, job)
+    return sorted(jobs.values(), key=lambda job: (job.submitted, job.job_id))
+
+
+def _job_of_attempt(run: RunDirectory, number: int) -> JobHandle | None:
+    try:
+        record = json.loads((run.attempt(number) / "attempt.json").read_bytes())
+        if record["kind"] != "slurm" or not record["job_id"]:
+            return None
+        return JobHandle(
+            job_id=str(record["job_id"]),
+            scheduler="slurm",
+            run_dir=run.root,
+            what="",
+            config=str(record["config"]),
+            submitted=float(record["started"]),
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # an attempt that has only just been claimed, or is damaged: status says so
 
 
 def latest_job(run_dir: Path) -> JobHandle:

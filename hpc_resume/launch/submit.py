@@ -49,7 +49,17 @@ def submit(
     SchedulerError
         If the scheduler refuses.
     """
-    entry = make_entry(target, kwargs)
+    return submit_entry(make_entry(target, kwargs), config, run_dir=run_dir, kwargs=kwargs)
+
+
+def submit_entry(
+    entry: Entry,
+    config: Config | Mapping[str, Any] | str | Path | Sequence[str | Path] | None,
+    *,
+    run_dir: str | Path | None,
+    kwargs: Mapping[str, Any],
+) -> JobHandle:
+    """Submit what :func:`~hpc_resume.launch.entry.make_entry` has checked; see :func:`submit`."""
     resolved = resolve(entry, config, run_dir=run_dir, kwargs=kwargs)
     run = RunDirectory(Path(resolved.run_dir))
     _check_run_directory(run)
@@ -69,6 +79,7 @@ def submit(
         what=entry.name,
         config=resolved.digest(),
         submitted=time.time(),
+        returns=not isinstance(entry, CommandEntry),
     )
     job.record()
     return job

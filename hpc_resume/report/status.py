@@ -196,7 +196,9 @@ def _state(run: RunDirectory, traces: Sequence[_Trace], now_s: float) -> tuple[b
         return False, state, str(ended.get("why", ""))
     job = _local_job(run, last)
     if job is not None:
-        return _state_by_job(job, begun=last is not None, ended=bool(ended))
+        return _state_by_job(
+            job, restart_count=last.record.get("restart_count") if last and not ended else None
+        )
     if last is None:
         return False, "waiting", "no attempt has begun"
     if ended:
@@ -214,10 +216,10 @@ def _state(run: RunDirectory, traces: Sequence[_Trace], now_s: float) -> tuple[b
     return alive, "running" if alive else "interrupted", f"the journal's last entry is {silence_s:.0f} s old"
 
 
-def _state_by_job(job: LocalState, *, begun: bool, ended: bool) -> tuple[bool, str, str]:
+def _state_by_job(job: LocalState, *, restart_count: int | None) -> tuple[bool, str, str]:
     if job.alive():
-        running = begun and not ended and job.state != "PENDING"
-        return running, "running" if running else "waiting", f"job {job.job_id} is {job.state}"
+        state = "waiting" if job.state == "PENDING" else "running"
+        return state == "running" and restart_count == job.restarts, state, f"job {job.job_id} is {job.state}"
     words = {"COMPLETED": "done", "CANCELLED": "cancelled", "FAILED": "failed"}
     return False, words.get(job.state, "interrupted"), job.why or f"job {job.job_id} was killed"
 

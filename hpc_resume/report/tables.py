@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hpc_resume.files import JsonObject
 from hpc_resume.report.checkpoints import CheckpointSummary
 from hpc_resume.report.status import AttemptStatus, RunStatus
 
@@ -62,9 +63,12 @@ def status_table(status: RunStatus, *, now_s: float | None = None) -> Table:
     """Show a run's attempts."""
     now_s = time.time() if now_s is None else now_s
     attempts = len(status.attempts)
-    counted = f"{attempts} attempt{'' if attempts == 1 else 's'}, {status.steps_lost} steps lost"
+    title = f"{status.name}: {status.state} at step {status.step}, {_count(attempts, 'attempt')}, "
+    title += f"{_count(status.steps_lost, 'step')} lost"
+    if not attempts:
+        title = f"{status.name}: {status.state}, no attempt has begun a journal yet"
     return Table(
-        title=f"{status.name}: {status.state} at step {status.step}, {counted}",
+        title=title,
         columns=("attempt", "node type", "ranks", "steps", "ended by", "lost", "took"),
         right=("attempt", "ranks", "lost", "took"),
         rows=tuple(_attempt_row(attempt, now_s) for attempt in status.attempts),
@@ -80,6 +84,38 @@ def checkpoint_table(title: str, checkpoints: Sequence[CheckpointSummary]) -> Ta
         right=("step", "ranks", "size", "attempt"),
         rows=tuple(_checkpoint_row(each) for each in checkpoints),
     )
+
+
+def contents_table(described: JsonObject) -> Table:
+    """Show what :func:`~hpc_resume.report.checkpoints.describe` tells of a checkpoint."""
+    tensors = described["tensors"]
+    written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(described["created"]))
+    shapes = {name: " x ".join(map(str, tensor["shape"])) or "scalar" for name, tensor in tensors.items()}
+    return Table(
+        title=f"{described['name']}: step {described['step']}, {described['samples']} samples, "
+        f"saved ({described['reason']}) by {described['world_size']} ranks of attempt {described['attempt']} "
+        f"at {written}, {size_text(described['size_bytes'])}",
+        columns=("tensor", "shape", "type", "size", "boxes"),
+        right=("size", "boxes"),
+        rows=tuple(
+            (name, shapes[name], tensor["dtype"], size_text(tensor["size_bytes"]), str(tensor["boxes"]))
+            for name, tensor in tensors.items()
+        ),
+        note=f"besides: {', '.join(described['objects'])}" if described["objects"] else "",
+    )
+
+
+def attempt_sentence(attempt: AttemptStatus) -> str:
+    """Tell of an attempt in one line; a new one when it has ended."""
+    where = f"attempt {attempt.attempt} on {attempt.node_type or 'this machine'}, {_text(attempt.world_size)} ranks"
+    if attempt.cause is None:
+        return f"{where}: began"
+    steps = (
+        "before its first step"
+        if attempt.first_step is None
+        else (f"step {attempt.first_step} → {_text(attempt.last_step)}")
+    )
+    return f"{where}: {steps}, {CAUSES.get(attempt.cause, attempt.cause)}"
 
 
 def _checkpoint_row(each: CheckpointSummary) -> tuple[str, ...]:
@@ -134,6 +170,10 @@ def size_text(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.1f} PB"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _text(value: object) -> str:
