@@ -89,6 +89,7 @@ class Session:
             give_up=self._give_up,
         )
         self._journal: Journal | None = None
+        self._last_word: LastWord | None = None
         self._own_group = False
         self._noted = 0.0
 
@@ -162,6 +163,7 @@ class Session:
         self.stopping.start(self.step)
 
     def _check_budget(self, idle: int) -> None:
+        assert self._last_word is not None
         self._last_word.idle_before = idle
         if idle >= self.config.budget.max_idle:
             raise BudgetSpent(
@@ -283,24 +285,25 @@ class Session:
             self._journal = None
 
     def _end(self, verdict: Verdict, lost: str | None = None) -> Ending:
+        assert self._last_word is not None
         progressed = self.saver.saved_step > self.first_step
         return self._last_word.end(verdict, step=self.step, progressed=progressed, lost=lost)
 
     def _give_up(self, verdict: Verdict, reason: str) -> None:
         """Leave without a step boundary, on a thread: the last committed checkpoint is what remains."""
-        saved = self.saver.saved_step
-        self.say(f"attempt {self.facts.number}: {reason}; leaving with the checkpoint of step {saved}")
         code = EXIT_CONTINUE
-        if self.rank == 0:
-            code = self._end(verdict, lost=reason).exit_code
-        else:
+        self.say(f"{reason}; leaving, and what was saved before remains")
+        if self.rank != 0:
             threading.Event().wait(_HEAD_START_S)
+        elif self._last_word is not None:
+            code = self._end(verdict, lost=reason).exit_code
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
     def _write(self, cause: Cause, decision: str, why: str, exit_code: int) -> None:
         ending = Ending(cause=cause, decision=decision, why=why, exit_code=exit_code)
+        assert self._last_word is not None
         self._last_word.write(ending, step=self.step)
 
     def _note(self, event: str, **fields: Any) -> None:

@@ -115,7 +115,8 @@ class Stopping:
 
     def verdict(self) -> Verdict:
         """Tell why the run is being stopped; waits for the scheduler's answer. Rank 0 only."""
-        self._verdict_ready.wait(_VERDICT_S)
+        if self._environment.rank == 0:
+            self._verdict_ready.wait(_VERDICT_S)
         return self._verdict or Verdict(
             cause=Cause.UNKNOWN, evidence="the scheduler did not say in time why the job is being stopped"
         )
@@ -146,6 +147,7 @@ class Stopping:
         with self._lock:
             if not self._started:
                 self._waiting.append(name)
+                self._start_watchdog()
                 return
         self._request(name)
 
@@ -159,17 +161,16 @@ class Stopping:
     def _requested(self, kind: str, details: JsonObject) -> None:
         if kind != "stop":
             return
-        self._watchdog = threading.Timer(
-            self._watchdog_s,
-            self._expire,
-            (f"no step ended within {self._watchdog_s:g} s of the request to stop",),
-        )
-        self._watchdog.daemon = True
-        self._watchdog.start()
+        self._start_watchdog()
         if self._environment.rank == 0:
             threading.Thread(target=self._judge, args=(details,), daemon=True).start()
-        else:
-            self._verdict_ready.set()
+
+    def _start_watchdog(self) -> None:
+        if self._watchdog is None:
+            why = f"no step ended within {self._watchdog_s:g} s of the request to stop"
+            self._watchdog = threading.Timer(self._watchdog_s, self._expire, (why,))
+            self._watchdog.daemon = True
+            self._watchdog.start()
 
     def _judge(self, details: JsonObject) -> None:
         name: Any = details.get("signal", "SIGTERM")
@@ -195,4 +196,6 @@ class Stopping:
             self._expire(f"the ranks could not agree on a step to stop after: {reason}")
 
     def _expire(self, reason: str) -> None:
+        if self._environment.rank == 0 and not self._verdict_ready.is_set() and self._waiting:
+            self._judge({"signal": self._waiting[0], "rank": 0})  # before anybody could be asked to stop
         self._give_up(self.verdict(), reason)
