@@ -93,7 +93,7 @@ def contents_table(described: JsonObject) -> Table:
     shapes = {name: " x ".join(map(str, tensor["shape"])) or "scalar" for name, tensor in tensors.items()}
     return Table(
         title=f"{described['name']}: step {described['step']}, {described['samples']} samples, "
-        f"saved ({described['reason']}) by {described['world_size']} ranks of attempt {described['attempt']} "
+        f"saved ({described['reason']}) by {_count(described['world_size'], 'rank')} of attempt {described['attempt']} "
         f"at {written}, {size_text(described['size_bytes'])}",
         columns=("tensor", "shape", "type", "size", "boxes"),
         right=("size", "boxes"),
@@ -107,7 +107,7 @@ def contents_table(described: JsonObject) -> Table:
 
 def attempt_sentence(attempt: AttemptStatus) -> str:
     """Tell of an attempt in one line; a new one when it has ended."""
-    where = f"attempt {attempt.attempt} on {attempt.node_type or 'this machine'}, {_text(attempt.world_size)} ranks"
+    where = f"attempt {attempt.attempt} on {attempt.node_type or 'this machine'}, {_count(attempt.world_size or 0, 'rank')}"
     if attempt.cause is None:
         return f"{where}: began"
     steps = (
