@@ -127,7 +127,8 @@ class Session:
     def _claim(self) -> dict[str, Any]:
         """On rank 0: claim the attempt, before the others hear of it."""
         node = self.environment.node
-        node_type = self.environment.node_type or self._scheduler.node_type(node)
+        # The scheduler first: what the launcher says may be what was asked for before a requeue elsewhere.
+        node_type = self._scheduler.node_type(node) or self.environment.node_type
         facts, self._journal = begin_attempt(
             self.directory, self.environment, node_type, self.config, nodes=[node], clock=self._clock
         )
