@@ -124,8 +124,8 @@ def test_time_limit_then_preemption_then_the_end(executor, tmp_path):
     """The whole chain with real signals: each attempt on another node type, and the state file right each time."""
     job = executor(
         node_types=[
-            {"name": "pair", "ranks": 2, "time_limit_s": 1.5},
-            {"name": "single", "preempt_after_s": 0.7, "grace_s": 9},
+            {"name": "pair", "ranks": 2, "time_limit_s": 3.5},
+            {"name": "single", "preempt_after_s": 2, "grace_s": 60},
             {"name": "last", "ranks": 2},
         ]
     ).submit(save_on, "SIGUSR2", "SIGTERM", note=str(tmp_path / "note"), finish_on="last")
@@ -146,7 +146,7 @@ def test_time_limit_then_preemption_then_the_end(executor, tmp_path):
 
 def test_preempting_by_hand(executor, tmp_path):
     note = tmp_path / "note"
-    job = executor(node_types=[{"name": "one", "grace_s": 9}, {"name": "last"}]).submit(
+    job = executor(node_types=[{"name": "one", "grace_s": 60}, {"name": "last"}]).submit(
         save_on, "SIGTERM", note=str(note), finish_on="last"
     )
     until((tmp_path / "note.0.ready").exists)
