@@ -28,8 +28,7 @@ from hpc_resume.errors import (
 
 if TYPE_CHECKING:
     from hpc_resume.config import Config
-    from hpc_resume.job import Job
-    from hpc_resume.launch.submit import submit
+    from hpc_resume.job import Job, submit
     from hpc_resume.run.run import Run
 
 __all__ = [
@@ -57,7 +56,7 @@ _LAZY = {
     "Config": "hpc_resume.config",
     "Job": "hpc_resume.job",
     "Run": "hpc_resume.run.run",
-    "submit": "hpc_resume.launch.submit",
+    "submit": "hpc_resume.job",
 }
 
 

@@ -76,7 +76,7 @@ def render(
         exports["HPC_RESUME_NODE_TYPE"] = node_type.name
     exports.update(variables or {})
 
-    words = ["srun", "--kill-on-bad-exit=1"]
+    words = [f"--ntasks-per-node={node_type.tasks_per_node}", "--kill-on-bad-exit=1"]
     if rank_output is not None:
         words.append(f"--output={rank_output}")
     words += [*slurm.srun_args, *slurm.container]

@@ -10,7 +10,7 @@ from hpc_resume.errors import UsageError
 from hpc_resume.launch.script import render, slurm_time
 
 RUN_DIR = Path("/scratch/eve/runs/gpt")
-SLURM_ENVIRON = {"SLURM_JOB_ID": "12"}
+SLURM_ENVIRON = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1"}
 
 # Stand-ins for Slurm's commands: they write down how they were called, and answer from files.
 FAKES = {
@@ -193,7 +193,7 @@ def test_with_a_stored_configuration_its_path_is_all(batch):
         variables={"SUBMITIT_EXECUTOR": "slurm"}, environ={**SLURM_ENVIRON, "SLURM_CPUS_PER_TASK": "8"},
     )  # fmt: skip
     assert code == 0
-    assert calls == ["srun --kill-on-bad-exit=1 --output=/logs/%j_%t.log --cpu-bind=cores env true a b"]
+    assert calls == ["srun --nodes=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --output=/logs/%j_%t.log --cpu-bind=cores env true a b"]
     assert sorted((batch.folder / "environment").read_text().splitlines()) == [
         "A_B=it's $HOME",
         "A_SETUP=done here",
