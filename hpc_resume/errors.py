@@ -6,7 +6,7 @@
     ├── UsageError          ValueError      2   something that the user wrote can't be done
     │   ├── ConfigError                     2   a configuration file or setting
     │   ├── StateError      TypeError       2   an object in the tracked state can't be stored
-    │   └── MismatchError                   2   the checkpoint and the tracked state differ
+    │   └── MismatchError                   2   the checkpoint does not fit what is tracked now
     ├── CheckpointNotFound  FileNotFoundError 3 nothing to restore
     ├── IntegrityError                      4   bytes on disk are not the bytes that were committed
     ├── SaveError           OSError         1   a checkpoint could not be written
@@ -52,7 +52,7 @@ class StateError(UsageError, TypeError):
 
 
 class MismatchError(UsageError):
-    """The checkpoint and the tracked state differ; the message lists every difference."""
+    """The checkpoint does not fit what is tracked now; the message lists every difference."""
 
 
 class CheckpointNotFound(HpcResumeError, FileNotFoundError):  # noqa: N818 - reads as what happened

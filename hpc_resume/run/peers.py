@@ -62,12 +62,12 @@ class Peers:
         store = dist.TCPStore(host, port, is_master=False, timeout=dt.timedelta(seconds=JOIN_S))
         return dist.PrefixStore(self._prefix, store)
 
-    def share(self, key: str, value: Any = None) -> Any:
+    def share(self, key: str, value: Any = None, *, patience_s: float = JOIN_S) -> Any:
         """Give everybody what rank 0 has; other ranks pass nothing and wait."""
         if self._environment.rank == 0:
             self.store.set(key, json.dumps(value))
             return value
-        return self.get(key, JOIN_S)
+        return self.get(key, patience_s)
 
     def get(self, key: str, patience_s: float) -> Any:
         """Wait for a key and read it.
@@ -86,10 +86,13 @@ class Peers:
                 f"({str(error).splitlines()[0]}); look at the other ranks' logs"
             ) from error
 
-    def gather(self, key: str, value: Any, patience_s: float) -> list[Any]:
-        """Give a value and wait for everybody's, by rank."""
-        self.store.set(f"{key}/{self._environment.rank}", json.dumps(value))
-        return [self.get(f"{key}/{rank}", patience_s) for rank in range(self._environment.world_size)]
+    def gather(self, key: str, value: Any, *, patience_s: float) -> list[Any] | None:
+        """Give rank 0 what everybody has, by rank; other ranks do not wait and get None."""
+        if self._environment.rank != 0:
+            self.store.set(f"{key}/{self._environment.rank}", json.dumps(value))
+            return None
+        others = range(1, self._environment.world_size)
+        return [value, *(self.get(f"{key}/{rank}", patience_s) for rank in others)]
 
     def wait_for_count(self, key: str, count: int, patience_s: float) -> bool:
         """Wait until a counter has reached a number; False if it does not in time."""

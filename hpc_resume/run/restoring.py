@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hpc_resume.checkpoint import store
 from hpc_resume.checkpoint.manifest import Manifest, read_manifest
 from hpc_resume.checkpoint.reader import CheckpointReader
 from hpc_resume.checkpoint.state import TrackedState
-from hpc_resume.errors import IntegrityError, UsageError
+from hpc_resume.errors import IntegrityError, MismatchError, UsageError
 from hpc_resume.journal import Journal
 from hpc_resume.run import generators
 from hpc_resume.run.peers import Peers
@@ -79,21 +80,28 @@ def restore_newest(
         if name is None:
             break
         problem = _try(run, name, state, rank=rank, world_size=world_size, seed=seed)
-        answers = peers.gather(f"restored/{turn}", problem, _RESTORE_S)
-        problems = [answer for answer in answers if answer is not None]
-        if not problems:
+        answers = peers.gather(f"restored/{turn}", problem, patience_s=_RESTORE_S)
+        worst = _worst(answers) if answers is not None else None
+        worst = peers.share(f"verdict/{turn}", worst, patience_s=_RESTORE_S)
+        if worst is None:
             return Restored(name=name, manifest=read_manifest(run.checkpoints / name))
-        misfits = [text for kind, text in problems if kind == "misfit"]
-        if misfits:
-            raise UsageError(misfits[0])
+        kind, reason = worst
+        if kind == "misfit":
+            raise MismatchError(reason)
         if rank == 0:
-            _set_aside(run, name, problems[0][1], damaged, journal)
+            _set_aside(run, name, reason, damaged, journal)
     if peers.share("restore/damaged", damaged if rank == 0 else None):
         raise IntegrityError(
             f"{run.root}: no checkpoint is whole any more; the damaged ones are kept, with reasons, in "
             f"{run.quarantine}. Put back an older copy, or begin again in another run_dir"
         )
     return None
+
+
+def _worst(answers: list[Any]) -> Any:
+    """Pick what decides for all ranks: a misfit, else damage, else nothing."""
+    problems = [answer for answer in answers if answer is not None]
+    return min(problems, key=lambda problem: problem[0] != "misfit", default=None)
 
 
 def _newest(run: RunDirectory, damaged: list[str], journal: Journal | None) -> str | None:

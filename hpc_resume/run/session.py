@@ -120,8 +120,11 @@ class Session:
             self._last_word = LastWord(
                 self.environment, self._scheduler, self.config, clock=self._clock, journal=self._journal
             )
-        except BaseException:
+        except BaseException as error:
             self.stopping.abandon()
+            if isinstance(error, RendezvousError) and self.environment.job_id is not None:
+                sys.stderr.write(f"hpc_resume: {error}\n")
+                raise Interrupted(str(error)) from None  # another allocation may have better luck
             raise
 
     def _claim(self) -> dict[str, Any]:
