@@ -298,7 +298,7 @@ def test_the_watchdog_leaves_when_no_step_boundary_comes(tmp_path):
 
 def test_a_signal_before_the_first_step_is_not_lost(tmp_path):
     attempt = Attempt(tmp_path / "run", 2, train_slowly, 1000)
-    attempt.wait_until(lambda: (tmp_path / "run" / "attempts" / "0001").exists())
+    attempt.wait_until((tmp_path / "run" / "attempts" / "0001").exists)
     attempt.signal(signal.SIGUSR2)
     assert attempt.wait() == [75, 75]
 

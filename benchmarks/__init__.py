@@ -1,0 +1,1 @@
+"""Measurements; each prints ratios that were measured in turn in one run."""

@@ -1,0 +1,71 @@
+"""Metrics of a run, put together from all ranks and attempts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_resume.journal import read_events
+from hpc_resume.rundir import RunDirectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricRow:
+    """Metrics of one step.
+
+    Parameters
+    ----------
+    step
+        Index of the step, from 0.
+    attempt
+        The attempt whose step counts: the last one that did it.
+    values
+        Mean over the ranks that logged each.
+    """
+
+    step: int
+    attempt: int
+    values: dict[str, float]
+
+
+def read_metrics(root: Path) -> list[MetricRow]:
+    """Read the metrics of a run.
+
+    Parameters
+    ----------
+    root
+        The run directory.
+
+    Returns
+    -------
+    list of MetricRow
+        By ascending step, each step once.
+
+    Raises
+    ------
+    CheckpointNotFound
+        If it is no run directory.
+    """
+    run = RunDirectory(root)
+    run.identity()
+    rows: dict[int, MetricRow] = {}
+    for attempt in run.attempt_numbers():
+        for step, samples in _by_step(run.attempt(attempt)).items():
+            means = {name: sum(values) / len(values) for name, values in samples.items()}
+            rows[step] = MetricRow(step=step, attempt=attempt, values=means)
+    return [rows[step] for step in sorted(rows)]
+
+
+def _by_step(folder: Path) -> dict[int, dict[str, list[float]]]:
+    """All ranks' values of an attempt, by step and name."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for path in sorted(folder.glob("metrics-rank-*.jsonl")):
+        for line in read_events(path):
+            step = line.get("step")
+            if not isinstance(step, int):
+                continue
+            values = found.setdefault(step, {})
+            for name, value in line.items():
+                if name not in {"step", "t"} and isinstance(value, int | float):
+                    values.setdefault(name, []).append(float(value))
+    return found
