@@ -9,6 +9,10 @@ from typing import Protocol
 UNKNOWN = "UNKNOWN"
 #: There is no scheduler to ask.
 NONE = "NONE"
+#: States of a job that nobody is ending. While slurmctld delivers a signal, ``SIGNALING`` stands in place of
+#: ``RUNNING`` (measured: the warning before a time limit often finds it so); a job that is being ended shows
+#: ``COMPLETING`` even then. Source: job_state_string() in slurm_protocol_defs.c.
+ALIVE = frozenset({"RUNNING", "SIGNALING", "RESIZING", "CONFIGURING", "SUSPENDED", "STOPPED"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,14 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from hpc_resume.scheduler.base import NONE, UNKNOWN, JobFacts
+from hpc_resume.scheduler.base import ALIVE, NONE, UNKNOWN, JobFacts
 
 #: slurmctld looks at time limits and at ``--signal`` every 30 s; 5 s for clocks that differ.
 #: Source: PERIODIC_TIMEOUT in slurmctld/controller.c; measured.
 _TIMER_SLACK_S = 35.0
 
 _WARNINGS = frozenset({"SIGUSR1", "SIGUSR2"})
-_ALIVE = frozenset({"RUNNING", "SUSPENDED", "STOPPED"})
 
 
 class Cause(str, Enum):
@@ -101,7 +100,7 @@ def classify(
         cause, why = _blind_rule(facts, warned=warned)
     elif requeued:
         cause, why = _requeued_rule(facts)
-    elif facts.state in _ALIVE:
+    elif facts.state in ALIVE:
         cause, why = _alive_rule(facts, warned=warned, now_s=now_s, warning_lead_s=warning_lead_s)
     else:
         cause, why = _ending_rule(facts)

@@ -15,7 +15,7 @@ from functools import partial
 import stamina
 
 from hpc_resume.errors import SchedulerError
-from hpc_resume.scheduler.base import UNKNOWN, JobFacts
+from hpc_resume.scheduler.base import ALIVE, UNKNOWN, JobFacts
 from hpc_resume.scheduler.command import Completed, Runner, run_command
 
 #: One command; slurmctld answers in 10-100 ms, but under load it takes its time.
@@ -37,7 +37,7 @@ _FINAL = (
 )
 #: A requeue continues a job in these states, or one that is being ended for these reasons. In any other it
 #: would undo what a person did.
-_REQUEUE_STATES = frozenset({"RUNNING", "SUSPENDED", "STOPPED", "PENDING"})
+_REQUEUE_STATES = ALIVE | {"PENDING"}
 _REQUEUE_REASONS = frozenset({"TimeLimit", "NodeDown", "NodeFail"})
 
 

@@ -1,13 +1,14 @@
 """The example model learns, and its data is what it says."""
 
-import sys
+import importlib.util
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import gpt
+_PATH = Path(__file__).parents[2] / "examples/gpt.py"
+_SPEC = importlib.util.spec_from_file_location("example_gpt", _PATH)
+gpt = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(gpt)
 
 
 def test_the_loss_goes_down():

@@ -193,7 +193,9 @@ def test_with_a_stored_configuration_its_path_is_all(batch):
         variables={"SUBMITIT_EXECUTOR": "slurm"}, environ={**SLURM_ENVIRON, "SLURM_CPUS_PER_TASK": "8"},
     )  # fmt: skip
     assert code == 0
-    assert calls == ["srun --nodes=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --output=/logs/%j_%t.log --cpu-bind=cores env true a b"]
+    assert calls == [
+        "srun --nodes=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --output=/logs/%j_%t.log --cpu-bind=cores env true a b"
+    ]
     assert sorted((batch.folder / "environment").read_text().splitlines()) == [
         "A_B=it's $HOME",
         "A_SETUP=done here",
@@ -246,7 +248,8 @@ def test_the_end_or_a_failure_is_passed_on_and_nothing_is_asked(batch, code):
 
 @pytest.mark.parametrize("code", [75, 129, 137, 143, 192])
 @pytest.mark.parametrize(
-    ("state", "reason"), [("RUNNING", "None"), ("COMPLETING", "TimeLimit"), ("TIMEOUT", "TimeLimit")]
+    ("state", "reason"),
+    [("RUNNING", "None"), ("SIGNALING", "None"), ("COMPLETING", "TimeLimit"), ("TIMEOUT", "TimeLimit")],
 )
 def test_an_interruption_is_requeued(batch, code, state, reason):
     (batch.folder / "facts").write_text(facts(state, reason))

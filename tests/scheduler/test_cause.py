@@ -19,6 +19,9 @@ def verdict(signal_name, job, *, own_restarts=0):
     ("job", "cause"),
     [
         pytest.param(facts("RUNNING", end_time_s=NOW_S + 120), Cause.TIME_LIMIT, id="on time"),
+        pytest.param(
+            facts("SIGNALING", end_time_s=NOW_S + 120), Cause.TIME_LIMIT, id="while it is signalled"
+        ),
         pytest.param(facts("RUNNING", end_time_s=NOW_S + 155), Cause.TIME_LIMIT, id="a timer's cycle early"),
         pytest.param(facts("RUNNING", end_time_s=NOW_S - 20), Cause.TIME_LIMIT, id="past the nominal end"),
         pytest.param(facts("RUNNING", end_time_s=NOW_S + 156), Cause.SIGNAL, id="far from the end"),

@@ -208,7 +208,7 @@ def test_two_nodes_and_four_ranks_through_the_time_limit_and_back(cluster, long_
 
     cluster.wait_for(over, 150, "the long run is done")
     found = status(Path(long_run.run_dir)).to_json()
-    assert found["state"] == "done", found
+    assert found["state"] == "done", f"{found}\n{long_run.log()}"
     attempts = found["attempts"]
     assert len(attempts) >= 2
     assert {attempt["cause"] for attempt in attempts[:-1]} == {"time_limit"}
