@@ -27,7 +27,9 @@ def pip(*words):
 def copy(tmp_path_factory):
     """The files that git knows, elsewhere: building must not write into the checkout."""
     target = tmp_path_factory.mktemp("copy")
-    tracked = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    ).stdout
     for name in filter(None, tracked.decode().split("\0")):
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -265,7 +265,7 @@ class Session:
             else:
                 spent = isinstance(error, BudgetSpent)
                 self._write(Cause.NO_PROGRESS if spent else Cause.CRASH, "stop", summary, code)
-        self.stopping.abandon()
+        self.stopping.abandon(last_word=code == EXIT_CONTINUE)
         self.shut_down(destroy=False)
         if code == EXIT_CONTINUE:
             traceback.print_exception(error)

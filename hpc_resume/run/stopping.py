@@ -135,11 +135,11 @@ class Stopping:
             self._agreement.close()
         self._watch.stop(ignore=last_word)
 
-    def abandon(self) -> None:
-        """End watching without the other ranks, which may be gone."""
+    def abandon(self, *, last_word: bool = False) -> None:
+        """End watching without the other ranks, which may be gone; ``last_word`` as for :meth:`close`."""
         if self._watchdog is not None:
             self._watchdog.cancel()
-        self._watch.stop()
+        self._watch.stop(ignore=last_word)
 
     # ------------------------------------------------- on the threads
 
