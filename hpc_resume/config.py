@@ -149,6 +149,15 @@ class CheckpointSettings(_Settings):
     every_s: Seconds | None = 600.0
     threads: Count = 2
     """Writing threads of each rank."""
+    asynchronous: bool = True
+    """Periodic checkpoints are copied aside and written while training goes on."""
+    host_memory_gb: Annotated[float, Field(ge=0)] | None = None
+    """What the copy of one rank may take; without it, a quarter of the node's free memory for all ranks. A
+    state that needs more is written while training waits."""
+    direct: bool = True
+    """Write past the page cache (O_DIRECT) where the filesystem can."""
+    longest_chain: Annotated[int, Field(ge=0)] = 8
+    """How many older checkpoints one may refer to for bytes that have not changed; 0: each one is whole."""
 
 
 class StopSettings(_Settings):

@@ -27,6 +27,10 @@ class Filesystem:
         """Write at an offset; returns the number of bytes written, which may be fewer than given."""
         return os.pwrite(fd, data, offset)
 
+    def truncate(self, fd: int, size_bytes: int) -> None:
+        """Set a file's length."""
+        os.ftruncate(fd, size_bytes)
+
     def fsync(self, fd: int) -> None:
         """Wait until a file's bytes are on disk."""
         os.fsync(fd)
@@ -42,6 +46,10 @@ class Filesystem:
     def rmdir(self, path: Path) -> None:
         """Remove an empty folder."""
         os.rmdir(path)  # noqa: PTH106 - as above
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file."""
+        os.unlink(path)  # noqa: PTH108 - as above
 
     def listdir(self, path: Path) -> list[str]:
         """Names in a folder, sorted."""

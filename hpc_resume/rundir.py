@@ -28,7 +28,7 @@ from hpc_resume.files import DISK, Clock, Filesystem, JsonObject
 
 SCHEMA = 1
 _ATTEMPT = re.compile(r"\d{4,}")
-_CHECKPOINT = re.compile(r"(\d{10,})-([0-9a-f]{8})")
+_CHECKPOINT = re.compile(r"(\d{10,20})-([0-9a-f]{8})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,11 @@ def _digest(identity: JsonObject) -> str:
 def checkpoint_name(step: int, content_id: str) -> str:
     """Name of a checkpoint's folder: the step, then the first eight digits of the content id."""
     return f"{step:010d}-{content_id[:8]}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a name is that of a checkpoint's folder."""
+    return _CHECKPOINT.fullmatch(name) is not None
 
 
 def checkpoint_step(name: str) -> int:

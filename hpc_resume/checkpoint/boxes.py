@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-#: A replicated tensor smaller than this is stored whole by one of its holders.
-WHOLE_BELOW_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -89,75 +86,3 @@ def covers_once(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
             return False
         active.append(box)
     return True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replica:
-    """A box that several ranks hold alike.
-
-    Parameters
-    ----------
-    name
-        Of the tensor.
-    box
-        What each of the holders has.
-    item_bytes
-        Bytes of one element.
-    holders
-        The ranks that have it, ascending.
-    """
-
-    name: str
-    box: Box
-    item_bytes: int
-    holders: tuple[int, ...]
-
-
-def split_replicas(replicas: Sequence[Replica], rank: int) -> Iterator[tuple[str, Box | None]]:
-    """Say what one rank stores of the boxes that it holds together with others.
-
-    Boxes with the same holders are laid end to end in name order and cut into as many equal byte ranges as
-    there are holders; cuts are moved to whole rows, and past tensors under :data:`WHOLE_BELOW_BYTES`. Every
-    rank computes the same cuts from its own tensors, so nobody has to talk, and the shares differ by at
-    most a row or a small tensor.
-
-    Yields
-    ------
-    (str, Box or None)
-        Name and this rank's share, in name order; None where another holder stores it.
-    """
-    groups: dict[tuple[int, ...], list[Replica]] = {}
-    for replica in sorted(replicas, key=lambda replica: replica.name):
-        groups.setdefault(replica.holders, []).append(replica)
-    shares = {}
-    for holders, members in groups.items():
-        total = sum(member.box.volume * member.item_bytes for member in members)
-        mine = holders.index(rank)
-        low, high = (index * total // len(holders) for index in (mine, mine + 1))
-        begin = 0
-        for member in members:
-            shares[member.name] = _share(member, begin, low, high, last=mine == len(holders) - 1)
-            begin += member.box.volume * member.item_bytes
-    for name in sorted(shares):
-        yield name, shares[name]
-
-
-def _share(replica: Replica, begin: int, low: int, high: int, *, last: bool) -> Box | None:
-    """Rows of one replica between the byte cuts ``low`` and ``high``; its own bytes start at ``begin``."""
-    box = replica.box
-    size_bytes = box.volume * replica.item_bytes
-    rows = box.size[0] if box.size else 1
-    if size_bytes == 0:  # nothing to balance; the last holder keeps the shape
-        return box if last else None
-
-    def row_at(cut: int) -> int:
-        if size_bytes < WHOLE_BELOW_BYTES:
-            return rows if cut > begin else 0
-        return min(max(-((begin - cut) * rows // size_bytes), 0), rows)
-
-    first, stop = row_at(low), row_at(high)
-    if stop <= first:
-        return None
-    if not box.size:
-        return box
-    return Box((box.start[0] + first, *box.start[1:]), (stop - first, *box.size[1:]))

@@ -1,4 +1,4 @@
-"""Staging, commit and fencing: how a checkpoint comes to be, and who may make it so.
+"""Commit and fencing: how a checkpoint comes to be, and who may make it so.
 
 A checkpoint is written in its attempt's own staging folder::
 
@@ -18,18 +18,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from hpc_resume.checkpoint.manifest import MANIFEST, read_manifest, shard_file
-from hpc_resume.checkpoint.receipt import Header, Receipt, to_manifest
-from hpc_resume.checkpoint.shard import Piece, write_shard
-from hpc_resume.errors import FencedError, IntegrityError
-from hpc_resume.files import DISK, Clock, Filesystem
-from hpc_resume.rundir import RunDirectory
+from hpc_resume.checkpoint.manifest import MANIFEST, read_manifest
+from hpc_resume.checkpoint.receipt import Receipt, to_manifest
+from hpc_resume.errors import IntegrityError
+from hpc_resume.files import DISK, Filesystem
+from hpc_resume.rundir import RunDirectory, checkpoint_step
 
 STAGING = "staging"
 UNFINISHED = "unfinished"
@@ -79,111 +75,6 @@ def _fence(run: RunDirectory, attempt: int, fs: Filesystem) -> None:
     fs.fsync_dir(run.attempt(attempt))
 
 
-class Staging:
-    """One rank's hold on the checkpoint that its attempt is taking.
-
-    Parameters
-    ----------
-    run
-        The run directory.
-    attempt
-        This attempt's number.
-    rank, node
-        Who writes, on which host.
-    threads
-        Writers of a shard.
-    fs, clock
-        Filesystem and Unix time in seconds.
-    """
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        attempt: int,
-        rank: int,
-        node: str,
-        *,
-        threads: int = 2,
-        fs: Filesystem = DISK,
-        clock: Clock = time.time,
-    ) -> None:
-        self._run = run
-        self._attempt = attempt
-        self._rank = rank
-        self._node = node
-        self._threads = threads
-        self._fs = fs
-        self._clock = clock
-
-    def folder(self, step: int) -> Path:
-        """Staging folder of one checkpoint."""
-        return self._run.attempt(self._attempt) / STAGING / f"{step:010d}"
-
-    def write(self, header: Header, pieces: Sequence[Piece], objects: Any) -> Receipt:
-        """Make this rank's shard and receipt durable.
-
-        Raises
-        ------
-        FencedError
-            If a later attempt owns the run.
-        OSError
-            If the filesystem refuses.
-        """
-        folder = self.folder(header.step)
-        try:
-            for path in (folder, folder / "shards", folder / "receipts"):
-                try:
-                    self._fs.mkdir(path)
-                except FileExistsError:
-                    continue  # another rank was first
-            begun = self._clock()
-            path = folder / "shards" / shard_file(self._rank, header.world_size)
-            written = write_shard(path, pieces, threads=self._threads, fs=self._fs)
-            created = self._clock()
-            receipt = Receipt.of(
-                header=header,
-                rank=self._rank,
-                node=self._node,
-                created=created,
-                pieces=pieces,
-                written=written,
-                objects=objects,
-                write_s=created - begun,
-            )
-            self._fs.write_file(folder / "receipts" / f"{self._rank:05d}.json", receipt.to_bytes())
-        except FileNotFoundError as error:
-            raise self._fenced(header.step) from error
-        return receipt
-
-    def commit(self, step: int) -> str:
-        """Commit a checkpoint whose receipts are all there.
-
-        Returns
-        -------
-        str
-            Its name.
-
-        Raises
-        ------
-        FencedError
-            If a later attempt owns the run; it finishes the commit in our stead.
-        IntegrityError
-            If the receipts do not belong together.
-        """
-        try:
-            return finish_commit(self._run, self.folder(step), fs=self._fs)
-        except FileNotFoundError as error:
-            raise self._fenced(step) from error
-
-    def _fenced(self, step: int) -> FencedError:
-        later = [number for number in self._run.attempt_numbers() if number > self._attempt]
-        owner = f"attempt {later[-1]} has begun" if later else "its staging folder is gone"
-        return FencedError(
-            f"{self._run.root}: attempt {self._attempt} can't commit step {step}: {owner}. "
-            "Two jobs run in one run directory: cancel one, or give each its own run_dir"
-        )
-
-
 def finish_commit(run: RunDirectory, folder: Path, *, fs: Filesystem = DISK) -> str:
     """Turn a staged checkpoint into a committed one.
 
@@ -207,15 +98,21 @@ def finish_commit(run: RunDirectory, folder: Path, *, fs: Filesystem = DISK) -> 
         If the folder is gone.
     """
     shards = folder / "shards"
-    receipts = _receipts(folder, fs)
-    parents = [name for name in run.checkpoint_names() if int(name.split("-")[0]) < receipts[0].header.step]
+    receipts = _all_receipts(folder, fs)
+    parents = [name for name in run.checkpoint_names() if checkpoint_step(name) < receipts[0].header.step]
     manifest = to_manifest(receipts, parents[-1] if parents else None)
+    for name in manifest.refers:
+        if not (run.checkpoints / name).is_dir():
+            raise IntegrityError(f"{folder}: it refers to bytes of {name}, which is not there any more")
     for shard in manifest.shards:
         size = (shards / shard.file).stat().st_size
         if size != shard.size_bytes:
             raise IntegrityError(
                 f"{shards / shard.file}: {size} bytes, but its receipt says {shard.size_bytes}"
             )
+    for name in set(fs.listdir(shards)) - {shard.file for shard in manifest.shards} - {MANIFEST}:
+        # Half-written files of ranks that have died, and shards that were written in their stead in vain.
+        fs.rename(shards / name, folder / f"left-{name}")
     # The manifest comes in by a rename from outside: shards/ never holds half a manifest.
     draft = folder / f"manifest-{uuid.uuid4().hex[:8]}.json"
     fs.write_file(draft, manifest.to_bytes())
@@ -233,21 +130,31 @@ def finish_commit(run: RunDirectory, folder: Path, *, fs: Filesystem = DISK) -> 
     return manifest.name
 
 
-def _receipts(folder: Path, fs: Filesystem) -> list[Receipt]:
-    """All receipts of a staged checkpoint, by rank."""
-    names = [name for name in fs.listdir(folder / "receipts") if name.endswith(".json") and name[0] != "."]
-    if not names:
+def read_receipts(folder: Path, fs: Filesystem) -> dict[int, Receipt]:
+    """Receipts of a staged checkpoint by rank; a rank's own rather than one in its stead."""
+    found: dict[int, Receipt] = {}
+    for name in fs.listdir(folder / "receipts"):
+        if name.endswith(".json") and name[0] != ".":
+            receipt = Receipt.read(folder / "receipts" / name)
+            standing = found.get(receipt.shard.rank)
+            if standing is None or receipt.by == receipt.shard.rank:
+                found[receipt.shard.rank] = receipt
+    return found
+
+
+def _all_receipts(folder: Path, fs: Filesystem) -> list[Receipt]:
+    """One receipt for each rank of a staged checkpoint, ascending."""
+    found = read_receipts(folder, fs)
+    if not found:
         raise IntegrityError(f"{folder}: no rank has written its receipt")
-    receipts = [Receipt.read(folder / "receipts" / name) for name in names]
-    receipts.sort(key=lambda receipt: receipt.rank)
-    world_size = receipts[0].header.world_size
-    missing = sorted(set(range(world_size)) - {receipt.rank for receipt in receipts})
+    world_size = next(iter(found.values())).header.world_size
+    missing = sorted(set(range(world_size)) - found.keys())
     if missing:
         raise IntegrityError(
             f"{folder}: receipts of ranks {_some(missing)} of {world_size} are missing: they were killed while "
             "saving. The shards that are there are kept for inspection"
         )
-    return receipts
+    return [found[rank] for rank in range(world_size)]
 
 
 def _some(ranks: list[int]) -> str:

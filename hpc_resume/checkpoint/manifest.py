@@ -1,137 +1,110 @@
 """The manifest: the one file that says what a checkpoint is.
 
-A manifest that contradicts itself cannot be constructed, and one that exists cannot be changed. The file is
-canonical JSON: writing what was read gives the same bytes, so any flipped bit in it shows.
+It names every tensor and how ranks hold it, every shard, and for each shard a digest of the index that lies in
+it. Which rank stores which box follows by rule, so a manifest grows with tensors plus ranks, not with tensors
+times ranks. A manifest that contradicts itself cannot be constructed, and one that exists cannot be changed:
+its first line holds a digest of all the others, so any flipped bit in it shows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hpc_resume.checkpoint.boxes import Box, covers_once
-from hpc_resume.checkpoint.dtypes import item_bytes
+from hpc_resume.checkpoint.index import CHECKSUM_BYTES, SHARD_FILE, shard_file
+from hpc_resume.checkpoint.structure import Structure, TensorRecord, integer, integers, string
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
-from hpc_resume.rundir import checkpoint_name
+from hpc_resume.rundir import checkpoint_name, is_checkpoint_name
 
-SCHEMA = 1
+#: 1 had every box in the manifest; it was never released.
+SCHEMA = 2
 MANIFEST = "manifest.json"
-#: Bytes under one checksum. Source: measured; a megabyte is still in the cache when it is hashed.
-BLOCK_BYTES = 1 << 20
-_SHARD_FILE = re.compile(r"rank-\d{5,}-of-\d{5,}\.h5")
-_CHECKSUM = re.compile(r"(?:[0-9a-f]{16})*")
+#: A file that claims to be a manifest and is longer is not read. 4,096 ranks with 20,000 tensors take 4 MB.
+MAX_BYTES = 1 << 30
+_FIRST_LINE = re.compile(rb'\{"schema": (\d{1,9}), "content_id": "([0-9a-f]{32})",\n')
+_HEX16 = re.compile(r"[0-9a-f]{16}")
+_HEX32 = re.compile(r"[0-9a-f]{32}")
 
-
-def shard_file(rank: int, world_size: int) -> str:
-    """File name of one rank's shard."""
-    return f"rank-{rank:05d}-of-{world_size:05d}.h5"
-
-
-def block_count(length: int) -> int:
-    """Return the number of checksums over ``length`` bytes."""
-    return -(-length // BLOCK_BYTES)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredBox:
-    """Where the bytes of one box lie.
-
-    Parameters
-    ----------
-    shard
-        Index into the manifest's shards.
-    box
-        Which piece of the tensor it is.
-    offset, length
-        Bytes in the shard file; elements in C order, little-endian.
-    checksums
-        xxh3-64 of each :data:`BLOCK_BYTES`, 16 hex digits each, end to end.
-    """
-
-    shard: int
-    box: Box
-    offset: int
-    length: int
-    checksums: str
-
-    def __post_init__(self) -> None:
-        if self.offset < 0 or self.length < 0 or self.shard < 0:
-            raise IntegrityError(f"a box at offset {self.offset} with {self.length} bytes")
-        if not _CHECKSUM.fullmatch(self.checksums) or len(self.checksums) != 16 * block_count(self.length):
-            raise IntegrityError(
-                f"a box of {self.length} bytes must have {block_count(self.length)} checksums"
-            )
-
-    def to_json(self) -> JsonObject:
-        """JSON form."""
-        return {
-            "shard": self.shard,
-            "start": list(self.box.start),
-            "size": list(self.box.size),
-            "offset": self.offset,
-            "length": self.length,
-            "checksums": self.checksums,
-        }
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> StoredBox:
-        """From JSON; see :meth:`to_json`."""
-        box = Box(_integers(record["start"]), _integers(record["size"]))
-        return cls(
-            shard=_integer(record["shard"]),
-            box=box,
-            offset=_integer(record["offset"]),
-            length=_integer(record["length"]),
-            checksums=_string(record["checksums"]),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorRecord:
-    """One global tensor: shape, element type, and the boxes that tile it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    boxes: tuple[StoredBox, ...]
-
-    def __post_init__(self) -> None:
-        size = item_bytes(self.dtype)
-        if any(stored.length != stored.box.volume * size for stored in self.boxes):
-            raise IntegrityError("a box's length in bytes is not its volume times its element's size")
-        if not covers_once(self.shape, [stored.box for stored in self.boxes]):
-            raise IntegrityError(f"the boxes do not tile a tensor of shape {list(self.shape)} exactly once")
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return math.prod(self.shape) * item_bytes(self.dtype)
+#: Everything that was tracked.
+FULL = "full"
+#: The modules alone, because there was no time for more: never resumed from unasked.
+MODEL = "model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """One shard file: its size, and a checksum over every byte of it that belongs to no box."""
+    """One shard file.
+
+    Parameters
+    ----------
+    file, rank, node
+        Its name, whose state it holds, and where that rank ran.
+    size_bytes
+        Of the file.
+    index, table
+        Offset and length of its index and of its checksums.
+    digest
+        xxh3-128 over both.
+    rest
+        xxh3-64 over every byte of it that belongs to no box.
+    """
 
     file: str
     rank: int
     node: str
     size_bytes: int
+    index: tuple[int, int]
+    table: tuple[int, int]
+    digest: str
     rest: str
 
     def __post_init__(self) -> None:
-        if not _SHARD_FILE.fullmatch(self.file):
-            raise IntegrityError(f"{self.file!r} is no name of a shard")
-        if self.size_bytes < 0 or not re.fullmatch(r"[0-9a-f]{16}", self.rest):
+        if not SHARD_FILE.fullmatch(self.file):
+            raise IntegrityError(f"{self.file!r:.100} is no name of a shard")
+        if self.size_bytes < 0 or not _HEX16.fullmatch(self.rest) or not _HEX32.fullmatch(self.digest):
             raise IntegrityError(f"{self.file}: size or checksum is malformed")
+        for offset, length in (self.index, self.table):
+            if offset < 0 or length < 0 or offset + length > self.size_bytes:
+                raise IntegrityError(f"{self.file}: its index or checksums end after it does")
+        if self.table[1] % CHECKSUM_BYTES:
+            raise IntegrityError(f"{self.file}: its checksums are cut off")
+
+    def to_json(self) -> JsonObject:
+        """JSON form, with the fields' names."""
+        return {
+            "file": self.file,
+            "rank": self.rank,
+            "node": self.node,
+            "size_bytes": self.size_bytes,
+            "index": list(self.index),
+            "table": list(self.table),
+            "digest": self.digest,
+            "rest": self.rest,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ShardRecord:
+        """From JSON; see :meth:`to_json`."""
+        return cls(
+            file=string(record["file"]),
+            rank=integer(record["rank"]),
+            node=string(record["node"]),
+            size_bytes=integer(record["size_bytes"]),
+            index=_pair(record["index"]),
+            table=_pair(record["table"]),
+            digest=string(record["digest"]),
+            rest=string(record["rest"]),
+        )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a checkpoint is.
 
@@ -145,18 +118,26 @@ class Manifest:
         Samples consumed, over all ranks.
     reason
         Why it was taken: ``cadence``, ``stop``, ``done``.
+    content
+        ``"full"``, or ``"model"`` if only the modules were saved.
+    note
+        Why it is not full.
     parent
         Name of the checkpoint before it in this run, or None.
+    refers
+        Names of earlier checkpoints in which bytes of this one lie.
     created
         Unix time in seconds.
     world_size
-        Ranks that wrote it.
-    shards, tensors
+        Ranks whose state it is.
+    shards, structure
         The bytes.
     objects
         The non-tensor state as typed JSON.
     differing_ranks
         Ranks whose non-tensor state was not rank 0's; theirs lies in their shards.
+    missing_ranks
+        Ranks that died while saving: others wrote what they hold alike, and what was theirs alone is lost.
     node_type, config, environment, costs
         Where it was written, with which resolved configuration, in which environment; measured seconds and
         bytes.
@@ -167,13 +148,17 @@ class Manifest:
     step: int
     samples: int
     reason: str
+    content: str
+    note: str
     parent: str | None
+    refers: tuple[str, ...]
     created: float
     world_size: int
     shards: tuple[ShardRecord, ...]
-    tensors: Mapping[str, TensorRecord]
+    structure: Structure
     objects: Any
     differing_ranks: tuple[int, ...]
+    missing_ranks: tuple[int, ...]
     node_type: str | None
     config: str | None
     environment: JsonObject
@@ -182,24 +167,33 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.step < 0 or self.samples < 0 or self.attempt < 0 or self.world_size < 1:
             raise IntegrityError(f"step {self.step}, samples {self.samples}, world size {self.world_size}")
+        if self.content not in {FULL, MODEL}:
+            raise IntegrityError(f"a content of {self.content!r:.40}")
         if len(self.shards) != self.world_size:
             raise IntegrityError(f"{len(self.shards)} shards for {self.world_size} ranks")
         for rank, shard in enumerate(self.shards):
-            if shard.rank != rank or shard.file != shard_file(rank, self.world_size):
+            own = shard_file(rank, self.world_size)
+            substitute = shard.file.startswith(own.removesuffix(".h5") + ".by-")
+            if shard.rank != rank or not (shard.file == own or substitute):
                 raise IntegrityError(
                     f"shard {rank} of {self.world_size} is {shard.file} of rank {shard.rank}"
                 )
-        for name, tensor in self.tensors.items():
-            for stored in tensor.boxes:
-                if stored.shard >= len(self.shards):
-                    raise IntegrityError(f"{name}: shard {stored.shard} of {len(self.shards)}")
-                if stored.offset + stored.length > self.shards[stored.shard].size_bytes:
-                    raise IntegrityError(f"{name}: a box ends after its shard does")
+        for name in (*self.refers, *([] if self.parent is None else [self.parent])):
+            if not is_checkpoint_name(name):
+                raise IntegrityError(f"{name!r:.100} is no name of a checkpoint")
+        if not all(0 <= rank < self.world_size for rank in (*self.differing_ranks, *self.missing_ranks)):
+            raise IntegrityError("it speaks of ranks that there are not")
+
+    @cached_property
+    def _bytes(self) -> tuple[bytes, str]:
+        """The body, and the content id."""
+        body = _lines(self._body())
+        return body, hashlib.sha256(body).hexdigest()[:32]
 
     @property
     def content_id(self) -> str:
         """32 hex digits of SHA-256 over everything else."""
-        return hashlib.sha256(_canonical(self._body())).hexdigest()[:32]
+        return self._bytes[1]
 
     @property
     def name(self) -> str:
@@ -207,27 +201,43 @@ class Manifest:
         return checkpoint_name(self.step, self.content_id)
 
     @property
+    def tensors(self) -> Mapping[str, TensorRecord]:
+        """The global tensors by name."""
+        return self.structure.tensors
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.size_bytes for shard in self.shards)
 
     def to_bytes(self) -> bytes:
-        """Return the canonical file content."""
-        body = self._body()
-        return _canonical({"schema": SCHEMA, "content_id": self.content_id, **body})
+        """Return the file's content."""
+        body, content_id = self._bytes
+        return b'{"schema": %d, "content_id": "%s",\n' % (SCHEMA, content_id.encode()) + body
 
     def _body(self) -> JsonObject:
-        body = {field.name: getattr(self, field.name) for field in fields(self)}
-        body["differing_ranks"] = list(self.differing_ranks)
-        body["shards"] = [
-            {"file": s.file, "rank": s.rank, "node": s.node, "size_bytes": s.size_bytes, "rest": s.rest}
-            for s in self.shards
-        ]
-        body["tensors"] = {
-            name: {"shape": list(t.shape), "dtype": t.dtype, "boxes": [box.to_json() for box in t.boxes]}
-            for name, t in sorted(self.tensors.items())
+        return {
+            "run_id": self.run_id,
+            "attempt": self.attempt,
+            "step": self.step,
+            "samples": self.samples,
+            "reason": self.reason,
+            "content": self.content,
+            "note": self.note,
+            "parent": self.parent,
+            "refers": list(self.refers),
+            "created": self.created,
+            "world_size": self.world_size,
+            "differing_ranks": list(self.differing_ranks),
+            "missing_ranks": list(self.missing_ranks),
+            "node_type": self.node_type,
+            "config": self.config,
+            "environment": self.environment,
+            "costs": self.costs,
+            "shards": [shard.to_json() for shard in self.shards],
+            **self.structure.to_json(),
+            "objects": self.objects,
         }
-        return body
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
@@ -238,58 +248,55 @@ class Manifest:
         IntegrityError
             If it is damaged, contradicts itself, or has another schema.
         """
+        first = _FIRST_LINE.match(data)
+        if first is None:
+            raise IntegrityError("damaged (it does not begin as a manifest does)")
+        if int(first[1]) != SCHEMA:
+            raise IntegrityError(
+                f"schema {int(first[1])}, but this version reads {SCHEMA}: update hpc_resume, or restore with the "
+                "version that wrote it"
+            )
+        body = data[first.end() :]
+        content_id = hashlib.sha256(body).hexdigest()[:32]
+        if content_id != first[2].decode():
+            raise IntegrityError("its content is not what its content id says")
         try:
-            record = json.loads(data, parse_constant=_no_constant)
-            if not isinstance(record, dict):
-                raise IntegrityError("no JSON object")  # noqa: TRY301 - one place turns all into one error
-            if record.get("schema") != SCHEMA:
-                raise IntegrityError(  # noqa: TRY301 - as above
-                    f"schema {record.get('schema')!r}, but this version reads {SCHEMA}: update hpc_resume"
-                )
+            record = json.loads(b"{" + body, parse_constant=_no_constant)
             manifest = cls._from_record(record)
-            if manifest.to_bytes() != data:
-                raise IntegrityError("its content is not what its content id says")  # noqa: TRY301 - as above
         except IntegrityError:
             raise
-        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
-            raise IntegrityError(f"damaged ({type(error).__name__}: {error})") from error
+        except (ValueError, TypeError, LookupError, RecursionError, OverflowError, AttributeError) as error:
+            raise IntegrityError(f"damaged ({type(error).__name__}: {error!s:.200})") from error
+        manifest.__dict__["_bytes"] = (body, content_id)  # what a cached property keeps
         return manifest
 
     @classmethod
     def _from_record(cls, record: JsonObject) -> Manifest:
+        world_size = integer(record["world_size"])
+        shards = tuple(ShardRecord.from_json(shard) for shard in record["shards"])
+        if len(shards) != world_size:
+            raise IntegrityError(f"{len(shards)} shards for {world_size} ranks")
         return cls(
-            run_id=_string(record["run_id"]),
-            attempt=_integer(record["attempt"]),
-            step=_integer(record["step"]),
-            samples=_integer(record["samples"]),
-            reason=_string(record["reason"]),
-            parent=record["parent"],
-            created=record["created"],
-            world_size=_integer(record["world_size"]),
-            shards=tuple(
-                ShardRecord(
-                    file=_string(shard["file"]),
-                    rank=_integer(shard["rank"]),
-                    node=_string(shard["node"]),
-                    size_bytes=_integer(shard["size_bytes"]),
-                    rest=_string(shard["rest"]),
-                )
-                for shard in record["shards"]
-            ),
-            tensors={
-                name: TensorRecord(
-                    shape=_integers(tensor["shape"]),
-                    dtype=_string(tensor["dtype"]),
-                    boxes=tuple(StoredBox.from_json(box) for box in tensor["boxes"]),
-                )
-                for name, tensor in record["tensors"].items()
-            },
+            run_id=string(record["run_id"]),
+            attempt=integer(record["attempt"]),
+            step=integer(record["step"]),
+            samples=integer(record["samples"]),
+            reason=string(record["reason"]),
+            content=string(record["content"]),
+            note=string(record["note"]),
+            parent=None if record["parent"] is None else string(record["parent"]),
+            refers=tuple(string(name) for name in record["refers"]),
+            created=float(record["created"]),
+            world_size=world_size,
+            shards=shards,
+            structure=Structure.from_json(record, world_size=world_size),
             objects=record["objects"],
-            differing_ranks=_integers(record["differing_ranks"]),
+            differing_ranks=integers(record["differing_ranks"]),
+            missing_ranks=integers(record["missing_ranks"]),
             node_type=record["node_type"],
             config=record["config"],
-            environment=record["environment"],
-            costs=record["costs"],
+            environment=dict(record["environment"]),
+            costs=dict(record["costs"]),
         )
 
 
@@ -308,7 +315,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        manifest = Manifest.from_bytes(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise IntegrityError(f"longer than {MAX_BYTES} bytes")
+        manifest = Manifest.from_bytes(data)
     except OSError as error:
         raise IntegrityError(f"{path}: can't be read ({error.strerror})") from error
     except IntegrityError as error:
@@ -318,19 +329,19 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _canonical(record: JsonObject) -> bytes:
-    """JSON with one entry a line: the same record always gives the same bytes, and people can read them."""
+def _lines(record: JsonObject) -> bytes:
+    """JSON with one entry a line, without its opening brace, so that people can read it."""
     lines = []
     for key, value in record.items():
         if key in {"tensors", "environment"} and value:
             rows = ",\n".join(f"  {json.dumps(k)}: {_compact(v)}" for k, v in value.items())
             lines.append(f' "{key}": {{\n{rows}\n }}')
-        elif key == "shards":
+        elif key in {"shards", "layouts"} and value:
             rows = ",\n".join(f"  {_compact(v)}" for v in value)
-            lines.append(f' "shards": [\n{rows}\n ]')
+            lines.append(f' "{key}": [\n{rows}\n ]')
         else:
             lines.append(f' "{key}": {_compact(value)}')
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    return (",\n".join(lines) + "\n}\n").encode()
 
 
 def _compact(value: Any) -> str:
@@ -341,19 +352,6 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON")
 
 
-def _integer(value: Any) -> int:
-    if type(value) is not int or abs(value) >= 1 << 63:
-        raise TypeError(f"{value!r:.40} is no 64-bit integer")
-    return value
-
-
-def _integers(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list):
-        raise TypeError(f"{values!r:.40} is no list")
-    return tuple(_integer(value) for value in values)
-
-
-def _string(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} is no string")
-    return value
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = integers(value)
+    return first, second

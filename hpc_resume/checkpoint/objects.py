@@ -19,13 +19,15 @@ from hpc_resume.errors import IntegrityError, StateError
 
 #: Given a leaf and its path, returns the node that stands for it (``{"$tensor": name}``), or None if it is
 #: no tensor.
-TensorNamer = Callable[[Any, tuple[str, ...]], "dict[str, str] | None"]
+TensorNamer = Callable[[Any, tuple[str, ...]], "dict[str, Any] | None"]
 
 #: Given the tag and name of such a node, returns the tensor.
 TensorGetter = Callable[[str, str], Any]
 
 #: A PyTorch tensor, a NumPy array.
 TENSOR_TAGS = ("$tensor", "$ndarray")
+#: ``[name, stored]``: a tensor that is one with another one, under whose name it is stored.
+SAME_TAG = "$same"
 MAX_DEPTH = 100
 
 
@@ -100,6 +102,8 @@ def decode(value: Any, tensor: TensorGetter | None = None) -> Any:
         (tag, content), *_ = value.items()
         if tag in TENSOR_TAGS and tensor is not None and isinstance(content, str):
             return tensor(tag, content)
+        if tag == SAME_TAG and tensor is not None:
+            return tensor(TENSOR_TAGS[0], _own_name(content))
         if tag in _DECODERS:
             try:
                 return _DECODERS[tag](_Content(content, tensor))
@@ -129,11 +133,36 @@ def parse(data: bytes) -> Any:
         raise IntegrityError(f"non-tensor state is damaged ({error})") from error
 
 
-def tensor_names(value: Any) -> list[str]:
-    """Names of the tensors that stand in encoded JSON."""
-    names: list[str] = []
-    decode(value, lambda _, name: names.append(name))
-    return names
+def tensor_names(value: Any) -> dict[str, str]:
+    """Give the names of the tensors in encoded JSON, each with the name under which it is stored."""
+    found: dict[str, str] = {}
+    stack = [value]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, list):
+            stack += reversed(node)
+        elif isinstance(node, dict):
+            if len(node) == 1:
+                (tag, content), *_ = node.items()
+                if tag in TENSOR_TAGS and isinstance(content, str):
+                    found[content] = content
+                    continue
+                if tag == SAME_TAG:
+                    found[_own_name(content)] = content[1]
+                    continue
+            stack += reversed(node.values())
+    return found
+
+
+def _own_name(content: Any) -> str:
+    if (
+        not isinstance(content, list)
+        or len(content) != 2
+        or not all(isinstance(part, str) for part in content)
+    ):
+        raise IntegrityError(f"no typed JSON: {SAME_TAG} holds {content!r:.80}")
+    name: str = content[0]
+    return name
 
 
 def _where(path: tuple[str, ...]) -> str:

@@ -1,19 +1,67 @@
-"""Reading boxes out of a committed checkpoint: wanted boxes x saved boxes = byte runs, each verified."""
+"""Reading boxes out of a committed checkpoint: wanted boxes x stored boxes = byte runs, each verified.
+
+Bytes go straight into the destination where it is contiguous memory on the CPU and the wanted part is made of
+whole blocks; else through a small buffer, a few blocks at a time.
+"""
 
 from __future__ import annotations
 
-import os
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_resume.checkpoint import dtypes
+from hpc_resume.checkpoint.blocks import SINGLE_BLOCK_BYTES
 from hpc_resume.checkpoint.boxes import Box
-from hpc_resume.checkpoint.manifest import BLOCK_BYTES, Manifest, StoredBox
-from hpc_resume.checkpoint.shard import read_blocks
+from hpc_resume.checkpoint.index import Entry
+from hpc_resume.checkpoint.manifest import Manifest
+from hpc_resume.checkpoint.shardfile import ShardFile
+from hpc_resume.checkpoint.structure import TensorRecord
 from hpc_resume.errors import IntegrityError
 
 if TYPE_CHECKING:
     import torch
+
+#: One system call reads this much, and it is verified while it is still in the cache.
+_READ_BYTES = 1 << 20
+#: One thread's task.
+_TASK_BYTES = 8 << 20
+#: Small boxes that lie this close together are read in one go.
+_GAP_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A box to be read.
+
+    Parameters
+    ----------
+    name
+        Of the tensor.
+    box
+        Which part of it.
+    out
+        Where it goes: of the box's size, on any device, of any strides and element type.
+    """
+
+    name: str
+    box: Box
+    out: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What of a stored box goes where."""
+
+    file: ShardFile
+    number: int
+    entry: Entry
+    part: Box
+    out: torch.Tensor  # of the part's size
 
 
 class CheckpointReader:
@@ -22,85 +70,260 @@ class CheckpointReader:
     Parameters
     ----------
     folder
-        The checkpoint.
+        The checkpoint, among the others of its run.
     manifest
         Its manifest.
+    threads
+        That read.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int = 2) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._fds: dict[int, int] = {}
+        self._threads = max(threads, 1)
+        self._files: dict[int, ShardFile] = {}
+        #: Bytes of tensors that were read so far.
         self.bytes_read = 0
 
     def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
-    def read(self, name: str, want: Box, out: torch.Tensor) -> None:
-        """Fill ``out`` with a box of a tensor.
+    def read(self, name: str, box: Box, out: torch.Tensor) -> None:
+        """Fill ``out`` with a box of a tensor; see :meth:`read_all`."""
+        self.read_all([Wanted(name, box, out)])
 
-        Parameters
-        ----------
-        name
-            Of the tensor, as in the manifest.
-        want
-            The box.
-        out
-            Its shape is the box's size, its type the tensor's; on any device, of any strides.
+    def read_all(self, wanted: Iterable[Wanted]) -> None:
+        """Fill tensors with boxes.
 
         Raises
         ------
         IntegrityError
-            If bytes are damaged or missing; ``out`` is then undefined.
+            If bytes are damaged or missing; the outputs are then undefined.
         """
-        tensor = self.manifest.tensors[name]
-        if tuple(out.shape) != want.size or dtypes.name_of(out.dtype) != tensor.dtype:
-            raise ValueError(f"{name}: {tuple(out.shape)} of {out.dtype} for {want.size} of {tensor.dtype}")
-        for stored in tensor.boxes:
-            part = stored.box.intersect(want)
-            if part is not None:
-                try:
-                    self._copy(stored, part, want, out)
-                except (IntegrityError, OSError) as error:
-                    file = self.folder / self.manifest.shards[stored.shard].file
-                    raise IntegrityError(f"{file}: {name}: {error}") from error
+        direct: list[_Part] = []
+        small: dict[tuple[int, int], list[tuple[int, _Part]]] = {}
+        for each in wanted:
+            if tuple(each.out.shape) != each.box.size:
+                raise ValueError(f"{each.name}: {tuple(each.out.shape)} for a box of {each.box.size}")
+            for rank, part in self._parts(each):
+                run = part.entry.runs[0]
+                if part.entry.length <= SINGLE_BLOCK_BYTES and len(part.entry.runs) == 1:
+                    small.setdefault((rank, run.file), []).append((run.offset, part))
+                else:
+                    direct.append(part)
+        tasks: list[tuple[_Part, int, int]] = []
+        for part in direct:
+            tasks += _split(part)
+        groups = [group for parts in small.values() for group in _neighbours(parts)]
+        if len(tasks) + len(groups) <= 1 or self._threads == 1:
+            counts = [*map(self._read_group, groups), *map(_read_rows, tasks)]
+        else:
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="hpc-resume-read") as pool:
+                counts = [*pool.map(_read_rows, tasks), *pool.map(self._read_group, groups)]
+        self.bytes_read += sum(counts)
 
-    def _copy(self, stored: StoredBox, part: Box, want: Box, out: torch.Tensor) -> None:
+    def private(self, rank: int, prefix: str) -> dict[str, torch.Tensor]:
+        """Read what a rank stored for itself, by the rest of the name."""
         import torch
 
-        if part == stored.box == want and out.is_contiguous() and out.device.type == "cpu":
-            self._read(stored, 0, _bytes_of(out))
-            return
-        item = out.element_size()
-        first, stop = part.element_range_in(stored.box)
-        block = first * item // BLOCK_BYTES
-        low = block * BLOCK_BYTES
-        high = min(-(-stop * item // BLOCK_BYTES) * BLOCK_BYTES, stored.length)
-        raw = torch.empty(high - low, dtype=torch.uint8)
-        self._read(stored, block, _bytes_of(raw))
-        # The range holds the part in whole rows of the first dimension that the part is cut in; view the
-        # stored box around it without reading the rest: an index into strides computed from the box.
-        strides = _strides(stored.box.size)
-        elements = raw[first * item - low : stop * item - low].clone().view(out.dtype)
-        source = torch.as_strided(elements, part.size, strides)
-        out[part.slices_in(want)].copy_(source)
+        file = self._open(rank)
+        found, parts = {}, []
+        for number, entry in enumerate(file.index.entries):
+            if entry.name.startswith(prefix):
+                out = torch.empty(entry.shape, dtype=dtypes.torch_dtype(entry.dtype))
+                found[entry.name.removeprefix(prefix)] = out
+                if entry.box != Box.whole(entry.shape):
+                    raise IntegrityError(f"{file.path}: {entry.name} is stored in part only")
+                parts.append(_Part(file, number, entry, entry.box, out))
+        for part in parts:
+            for task in _split(part):
+                self.bytes_read += _read_rows(task)
+        return found
 
-    def _read(self, stored: StoredBox, first_block: int, into: memoryview) -> None:
-        read_blocks(
-            self._open(stored.shard), stored.offset, stored.length, stored.checksums, first_block, into
+    def check_size(self, name: str) -> None:
+        """Check that a tensor's bytes are there before memory is taken for them.
+
+        Raises
+        ------
+        IntegrityError
+            If a manifest promises more than its shards hold.
+        """
+        record = self.manifest.structure.tensors[name]
+        whole = Box.whole(record.shape)
+        stored = sum(
+            self._open(rank).index.entries[self._open(rank).index.find(name, box)].length
+            for rank, box in self.manifest.structure.parts(name, whole)
         )
-        self.bytes_read += len(into)
+        if whole.volume and stored != record.size_bytes:
+            raise IntegrityError(f"{self.folder}: {name}: {stored} bytes of {record.size_bytes} are stored")
 
-    def _open(self, shard: int) -> int:
-        if shard not in self._fds:
-            path = self.folder / self.manifest.shards[shard].file
-            self._fds[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        return self._fds[shard]
+    def _parts(self, wanted: Wanted) -> Iterator[tuple[int, _Part]]:
+        record = self.manifest.structure.tensors[wanted.name]
+        if not wanted.box.within(record.shape):
+            raise ValueError(f"{wanted.name}: {wanted.box} is not within {record.shape}")
+        for rank, box in self.manifest.structure.parts(wanted.name, wanted.box):
+            file = self._open(rank)
+            try:
+                number = file.index.find(wanted.name, box)
+            except IntegrityError as error:
+                raise IntegrityError(f"{file.path}: {error}") from error
+            entry = file.index.entries[number]
+            if entry.dtype != record.dtype or entry.shape != record.shape:
+                raise IntegrityError(f"{file.path}: {wanted.name} is another tensor there")
+            if box == wanted.box:
+                yield rank, _Part(file, number, entry, box, wanted.out)
+                continue
+            part = box.intersect(wanted.box)
+            assert part is not None
+            yield rank, _Part(file, number, entry, part, wanted.out[part.slices_in(wanted.box)])
+
+    def _open(self, rank: int) -> ShardFile:
+        if rank not in self._files:
+            self._files[rank] = ShardFile.open(self.folder, self.manifest, rank)
+        return self._files[rank]
+
+    def _read_group(self, group: Sequence[tuple[int, _Part]]) -> int:
+        """Read small boxes that lie side by side in one file."""
+        import torch
+
+        begin = group[0][0]
+        end = group[-1][0] + group[-1][1].entry.length
+        file = group[0][1].file
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        data = raw.numpy().data
+        file.read(group[0][1].entry.runs[0].file, begin, data)
+        targets, sources = [], []
+        for offset, part in group:
+            low = offset - begin
+            file.verify(part.number, 0, data[low : low + part.entry.length])
+            source = _as(raw, low, part.entry, part.entry.box.size)
+            targets.append(part.out)
+            sources.append(source[part.part.slices_in(part.entry.box)])
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources)
+        return end - begin
+
+
+def _as(raw: torch.Tensor, low: int, entry: Entry, size: Sequence[int]) -> torch.Tensor:
+    """View bytes as a tensor; a copy where they are not aligned for its type."""
+    item = dtypes.item_bytes(entry.dtype)
+    part = raw[low : low + math.prod(size) * item]
+    if (raw.data_ptr() + low) % item:
+        part = part.clone()
+    return part.view(dtypes.torch_dtype(entry.dtype)).view(tuple(size))
+
+
+def _neighbours(parts: list[tuple[int, _Part]]) -> Iterator[list[tuple[int, _Part]]]:
+    """Group small boxes that lie close together."""
+    parts.sort(key=lambda each: each[0])
+    group = [parts[0]]
+    for offset, part in parts[1:]:
+        last_offset, last = group[-1]
+        near = offset - (last_offset + last.entry.length) <= _GAP_BYTES
+        if near and offset + part.entry.length - group[0][0] <= _TASK_BYTES:
+            group.append((offset, part))
+        else:
+            yield group
+            group = [(offset, part)]
+    yield group
+
+
+def _split(part: _Part) -> Iterator[tuple[_Part, int, int]]:
+    """Cut a part into tasks of some rows of its stored box, at edges of blocks."""
+    entry = part.entry
+    if not entry.box.size:
+        yield part, 0, 1
+        return
+    row_bytes = entry.length // entry.box.size[0]
+    first = part.part.start[0] - entry.box.start[0]
+    stop = first + part.part.size[0]
+    rows_of_edges = [edge // row_bytes for edge in entry.edges if edge % row_bytes == 0]
+    low = first
+    for row in rows_of_edges:
+        if low < row < stop and (row - low) * row_bytes >= _TASK_BYTES:
+            yield part, low, row
+            low = row
+    yield part, low, stop
+
+
+def _read_rows(task: tuple[_Part, int, int]) -> int:
+    """Read rows ``low`` to ``high`` of a stored box, as far as they belong to the part; returns bytes read."""
+    part, low, high = task
+    entry = part.entry
+    rows = entry.box.size[0] if entry.box.size else 1
+    row_bytes = entry.length // rows
+    first_row = part.part.start[0] - entry.box.start[0] if entry.box.size else 0
+    out = part.out[low - first_row : high - first_row] if entry.box.size else part.out
+    begin, end = low * row_bytes, high * row_bytes
+    whole_rows = part.part.size[1:] == entry.box.size[1:]
+    plain = out.device.type == "cpu" and out.is_contiguous()
+    if whole_rows and plain and dtypes.torch_dtype(entry.dtype) == out.dtype:
+        return _read_direct(part, begin, end, _bytes_of(out))
+    return _read_through(part, out, low, high, row_bytes)
+
+
+def _read_direct(part: _Part, begin: int, end: int, into: memoryview) -> int:
+    """Read bytes of a stored box to their place; only the blocks at the ends may need a buffer."""
+    edges = part.entry.edges
+    count = 0
+    for first, last in _batches(edges, begin, end):
+        low, high = edges[first], edges[last]
+        if begin <= low and high <= end:
+            part.file.read_blocks(part.number, first, last, into[low - begin : high - begin])
+        else:
+            buffer = memoryview(bytearray(high - low))
+            part.file.read_blocks(part.number, first, last, buffer)
+            inner_low, inner_high = max(low, begin), min(high, end)
+            into[inner_low - begin : inner_high - begin] = buffer[inner_low - low : inner_high - low]
+        count += high - low
+    return count
+
+
+def _batches(edges: Sequence[int], begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Cut the blocks that cover a range into batches; those at its ends that stick out come alone."""
+    first = bisect_right(edges, begin) - 1
+    stop = bisect_left(edges, end)
+    while first < stop:
+        last = first + 1
+        if edges[first] >= begin:
+            while last < stop and edges[last + 1] <= end and edges[last + 1] - edges[first] <= _READ_BYTES:
+                last += 1
+        yield first, last
+        first = last
+
+
+def _read_through(part: _Part, out: torch.Tensor, low: int, high: int, row_bytes: int) -> int:
+    """Read rows through a buffer and copy what belongs to the part: other types, devices, strides, columns."""
+    import torch
+
+    entry = part.entry
+    edges = entry.edges
+    count = 0
+    row = low
+    while row < high:
+        end_row = min(high, max(row + 1, row + _READ_BYTES // max(row_bytes, 1)))
+        batches = list(_batches(edges, row * row_bytes, end_row * row_bytes))
+        first, last = batches[0][0], batches[-1][1]
+        # Rows whose blocks were read anyway are taken along.
+        end_row = min(high, max(end_row, edges[last] // row_bytes))
+        raw = torch.empty(edges[last] - edges[first], dtype=torch.uint8)
+        part.file.read_blocks(part.number, first, last, raw.numpy().data)
+        count += len(raw)
+        inner = entry.box.size[1:]
+        size = (end_row - row, *inner) if entry.box.size else ()
+        source = _as(raw, row * row_bytes - edges[first], entry, size)
+        if entry.box.size:
+            columns = (slice(None), *part.part.slices_in(entry.box)[1:])
+            out[row - low : end_row - low].copy_(source[columns])
+        else:
+            out.copy_(source)
+        row = end_row
+    return count
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -110,8 +333,8 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _strides(size: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1] * len(size)
-    for index in range(len(size) - 2, -1, -1):
-        strides[index] = strides[index + 1] * size[index + 1]
-    return tuple(strides)
+def tensor_like(record: TensorRecord, *, dtype: torch.dtype | None, device: str) -> torch.Tensor:
+    """Make a tensor of a record's shape, of its own type unless another is asked for."""
+    import torch
+
+    return torch.empty(record.shape, dtype=dtype or dtypes.torch_dtype(record.dtype), device=device)

@@ -1,7 +1,8 @@
 """A receipt: what one rank says of the shard that it has made durable.
 
-Receipts lie beside the shards of a checkpoint that is not committed yet. All of them together are the
-manifest, so whoever can read them can finish the commit, without asking any rank.
+Receipts lie beside the shards of a checkpoint that is not committed yet. They are small, whatever the state:
+what a shard holds stands in its own index. All of them together are the manifest, so whoever can read them can
+finish the commit, without asking any rank.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_resume.checkpoint.manifest import Manifest, ShardRecord, StoredBox, TensorRecord, shard_file
+from hpc_resume.checkpoint.manifest import FULL, Manifest, ShardRecord
 from hpc_resume.checkpoint.objects import dump
-from hpc_resume.checkpoint.shard import Piece, WrittenShard
+from hpc_resume.checkpoint.structure import Structure, integer, merge, string
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
 
@@ -33,6 +34,8 @@ class Header:
     node_type: str | None
     config: str | None
     environment: JsonObject
+    content: str = FULL
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,86 +46,55 @@ class Receipt:
     ----------
     header
         Of the checkpoint.
-    rank, node
-        Who wrote it, where.
+    by
+        The rank that wrote it: another one than the shard's if that has died.
     created
         Unix time in seconds at which the shard was durable.
     shard
-        Size and checksum of the file.
-    boxes
-        Name, element type, global shape and place of every piece.
-    objects_digest
-        SHA-256 of this rank's non-tensor state.
-    objects
-        The non-tensor state itself; rank 0's receipt alone carries it.
-    write_s
-        Seconds from the first byte to durable.
+        Sizes and checksums of the file.
+    structure_digest, structure
+        Of the state; the lowest rank of those that hold it alike carries it whole.
+    objects_digest, objects
+        Of this rank's non-tensor state; rank 0's receipt alone carries it whole.
+    refers
+        Names of earlier checkpoints in which bytes of this shard lie.
+    state_bytes, written_bytes, write_s
+        Bytes of this rank's part and of what was written of it; seconds from the first byte to durable.
     """
 
     header: Header
-    rank: int
-    node: str
+    by: int
     created: float
     shard: ShardRecord
-    boxes: tuple[tuple[str, str, tuple[int, ...], StoredBox], ...]
+    structure_digest: str
+    structure: Structure | None
     objects_digest: str
     objects: Any
+    refers: tuple[str, ...]
+    state_bytes: int
+    written_bytes: int
     write_s: float
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        header: Header,
-        rank: int,
-        node: str,
-        created: float,
-        pieces: Sequence[Piece],
-        written: WrittenShard,
-        objects: Any,
-        write_s: float,
-    ) -> Receipt:
-        """Make the receipt of a written shard."""
-        stored = zip(pieces, written.offsets, written.checksums, strict=True)
-        return cls(
-            header=header,
-            rank=rank,
-            node=node,
-            created=created,
-            shard=ShardRecord(
-                file=shard_file(rank, header.world_size),
-                rank=rank,
-                node=node,
-                size_bytes=written.size_bytes,
-                rest=written.rest,
-            ),
-            boxes=tuple(
-                (
-                    piece.name,
-                    piece.dtype,
-                    piece.shape,
-                    StoredBox(
-                        shard=rank, box=piece.box, offset=offset, length=len(piece.data), checksums=checksums
-                    ),
-                )
-                for piece, offset, checksums in stored
-            ),
-            objects_digest=hashlib.sha256(dump(objects)).hexdigest(),
-            objects=objects if rank == 0 else None,
-            write_s=round(write_s, 4),
-        )
+    @property
+    def file(self) -> str:
+        """Name of the receipt's file."""
+        own = f"{self.shard.rank:05d}"
+        return f"{own}.json" if self.by == self.shard.rank else f"{own}.by-{self.by:05d}.json"
 
     def to_bytes(self) -> bytes:
         """JSON form."""
         record = {
-            "header": asdict(self.header),
-            "rank": self.rank,
-            "node": self.node,
+            **asdict(self.header),
+            "by": self.by,
             "created": self.created,
-            "shard": asdict(self.shard),
-            "boxes": [[name, dtype, list(shape), box.to_json()] for name, dtype, shape, box in self.boxes],
+            "shard": self.shard.to_json(),
+            "structure_digest": self.structure_digest,
+            "structure": None if self.structure is None else self.structure.to_json(),
             "objects_digest": self.objects_digest,
             "objects": self.objects,
+            "refers": list(self.refers),
+            "state_bytes": self.state_bytes,
+            "written_bytes": self.written_bytes,
             "write_s": self.write_s,
         }
         return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
@@ -138,22 +110,40 @@ class Receipt:
         """
         try:
             record = json.loads(path.read_bytes())
+            header = Header(**{name: record[name] for name in Header.__dataclass_fields__})
+            structure = record["structure"]
             return cls(
-                header=Header(**record["header"]),
-                rank=record["rank"],
-                node=record["node"],
-                created=record["created"],
-                shard=ShardRecord(**record["shard"]),
-                boxes=tuple(
-                    (name, dtype, tuple(shape), StoredBox.from_json(box))
-                    for name, dtype, shape, box in record["boxes"]
-                ),
-                objects_digest=record["objects_digest"],
+                header=header,
+                by=integer(record["by"]),
+                created=float(record["created"]),
+                shard=ShardRecord.from_json(record["shard"]),
+                structure_digest=string(record["structure_digest"]),
+                structure=None
+                if structure is None
+                else Structure.from_json(structure, world_size=integer(header.world_size)),
+                objects_digest=string(record["objects_digest"]),
                 objects=record["objects"],
-                write_s=record["write_s"],
+                refers=tuple(string(name) for name in record["refers"]),
+                state_bytes=integer(record["state_bytes"]),
+                written_bytes=integer(record["written_bytes"]),
+                write_s=float(record["write_s"]),
             )
-        except (ValueError, TypeError, KeyError) as error:
-            raise IntegrityError(f"{path}: damaged receipt ({type(error).__name__}: {error})") from error
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, IntegrityError) as error:
+            raise IntegrityError(
+                f"{path}: damaged receipt ({type(error).__name__}: {error!s:.200})"
+            ) from error
+
+
+def objects_digest(objects: Any) -> str:
+    """64 hex digits of SHA-256 over a non-tensor state."""
+    return hashlib.sha256(dump(objects)).hexdigest()
+
+
+def carries_structure(structure: Structure, rank: int) -> bool:
+    """Whether a rank's receipt holds the structure: it is the lowest that stores anything of it by rule."""
+    layouts = {record.layout for record in structure.tensors.values()} - {None}
+    ranks = {min(layout.ranks) for layout in layouts if layout is not None and len(layout.ranks) > 1}
+    return rank in (ranks | {0})
 
 
 def to_manifest(receipts: Sequence[Receipt], parent: str | None) -> Manifest:
@@ -162,43 +152,60 @@ def to_manifest(receipts: Sequence[Receipt], parent: str | None) -> Manifest:
     Parameters
     ----------
     receipts
-        One of every rank, ascending.
+        One for each rank's shard, ascending.
     parent
         Name of the checkpoint before it.
 
     Raises
     ------
     IntegrityError
-        If they do not belong together or do not cover every tensor.
+        If they do not belong together.
     """
     first = receipts[0]
     header = first.header
     if any(receipt.header != header for receipt in receipts):
         raise IntegrityError(f"step {header.step}: the ranks' receipts speak of different checkpoints")
-    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
-    boxes: dict[str, list[StoredBox]] = {}
-    for receipt in receipts:
-        for name, dtype, shape, stored in receipt.boxes:
-            if kinds.setdefault(name, (dtype, shape)) != (dtype, shape):
-                raise IntegrityError(
-                    f"step {header.step}: {name} is {kinds[name]} on one rank and {(dtype, shape)} on rank "
-                    f"{receipt.rank}: the ranks track different models"
-                )
-            boxes.setdefault(name, []).append(stored)
-    try:
-        tensors = {
-            name: TensorRecord(shape=shape, dtype=dtype, boxes=tuple(boxes[name]))
-            for name, (dtype, shape) in kinds.items()
-        }
-    except IntegrityError as error:
-        raise IntegrityError(f"step {header.step}: {error}") from error
     return Manifest(
         **asdict(header),
         parent=parent,
+        refers=tuple(sorted({name for receipt in receipts for name in receipt.refers})),
         created=max(receipt.created for receipt in receipts),
         shards=tuple(receipt.shard for receipt in receipts),
-        tensors=tensors,
+        structure=_structure(receipts),
         objects=first.objects,
-        differing_ranks=tuple(r.rank for r in receipts if r.objects_digest != first.objects_digest),
-        costs={"write_s": max(receipt.write_s for receipt in receipts)},
+        differing_ranks=tuple(
+            r.shard.rank
+            for r in receipts
+            if r.objects_digest != first.objects_digest and r.by == r.shard.rank
+        ),
+        missing_ranks=tuple(r.shard.rank for r in receipts if r.by != r.shard.rank),
+        costs={
+            "write_s": max(receipt.write_s for receipt in receipts),
+            "state_bytes": sum(receipt.state_bytes for receipt in receipts),
+            "written_bytes": sum(receipt.written_bytes for receipt in receipts),
+        },
     )
+
+
+def _structure(receipts: Sequence[Receipt]) -> Structure:
+    """Put the ranks' structures together, and check that whoever stores a tensor knows of it."""
+    step = receipts[0].header.step
+    whole = {r.structure_digest: r.structure for r in receipts if r.structure is not None}
+    lacking = sorted({r.shard.rank for r in receipts if r.structure_digest not in whole})
+    if lacking:
+        raise IntegrityError(
+            f"step {step}: the state of rank {lacking[0]} is described by nobody: the ranks track different models"
+        )
+    try:
+        merged = merge(list(whole.values()))
+    except IntegrityError as error:
+        raise IntegrityError(f"step {step}: {error}") from error
+    if len(whole) > 1:
+        for name, record in merged.tensors.items():
+            for rank in record.layout.ranks if record.layout is not None else ():
+                if name not in whole[receipts[rank].structure_digest].tensors:
+                    raise IntegrityError(
+                        f"step {step}: {name} is to be stored by rank {rank}, which does not track it: plain "
+                        "tensors must be the same on all ranks; make it a DTensor, or track it under DDP"
+                    )
+    return merged

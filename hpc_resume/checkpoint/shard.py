@@ -1,61 +1,34 @@
-"""One rank's shard: a plain HDF5 file whose tensor bytes are written and read by offset.
-
-h5py lays the file out (contiguous datasets, early allocation, no fill); the bytes go to the datasets'
-offsets with ``pwrite`` from several threads. Any HDF5 program reads it: a tensor's piece is the dataset
-under the tensor's name, with its place in the whole tensor as attributes. Pieces under
-:data:`PACKED_BELOW_BYTES` lie together in the dataset ``packed``, so that ten thousand scalars do not cost
-ten thousand objects; ``index`` says, as JSON, where everything is, and ``checksums`` holds xxh3-64 of each
-block in the index's order.
-"""
+"""Writing shards: file images filled with tensors' bytes, hashed and written by several threads."""
 
 from __future__ import annotations
 
-import json
+import errno
+import fcntl
+import mmap
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from hpc_resume.checkpoint import dtypes
-from hpc_resume.checkpoint.boxes import Box
-from hpc_resume.checkpoint.manifest import BLOCK_BYTES, block_count
-from hpc_resume.errors import IntegrityError
-from hpc_resume.files import DISK, Filesystem, JsonObject
+from hpc_resume.checkpoint.image import ALIGN_BYTES, Image
+from hpc_resume.checkpoint.index import index_digest
+from hpc_resume.files import DISK, Filesystem
 
-PACKED_BELOW_BYTES = 4096
-#: Bytes that one thread hashes and writes at a time.
-_TASK_BYTES = 8 * BLOCK_BYTES
-_ALIGN_BYTES = 4096
-_PACK_ALIGN_BYTES = 64
+#: Bytes of a tensor as one flat array; the writer reads it and nothing else.
+Bytes = npt.NDArray[np.uint8]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A box of a tensor, with its bytes.
-
-    Parameters
-    ----------
-    name
-        Of the tensor: components joined by ``/``.
-    dtype
-        Name of the element type.
-    shape
-        Of the whole tensor.
-    box
-        Which part this is.
-    data
-        Its bytes in C order, little-endian.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    box: Box
-    data: memoryview
+#: What one thread hashes and writes at a time. Source: measured, 4 to 16 MiB are alike.
+CHUNK_BYTES = 8 << 20
+#: Smaller files go through the page cache: O_DIRECT has nothing to win there.
+_DIRECT_FROM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,242 +39,290 @@ class WrittenShard:
     ----------
     size_bytes
         Of the file.
+    index, table
+        Offset and length of its index and of its checksums.
+    checksums
+        The checksums.
+    digest
+        xxh3-128 over index and checksums.
     rest
         xxh3-64 over all bytes that belong to no piece, in order.
-    offsets, checksums
-        One for each piece, in the order given.
     """
 
     size_bytes: int
+    index: tuple[int, int]
+    table: tuple[int, int]
+    checksums: bytes
+    digest: str
     rest: str
-    offsets: tuple[int, ...]
-    checksums: tuple[str, ...]
 
 
-def write_shard(
-    path: Path, pieces: Sequence[Piece], *, threads: int = 2, fs: Filesystem = DISK
-) -> WrittenShard:
-    """Write a shard, durable on return.
+class ShardWriter:
+    """Writes shards; keeps its threads and buffers from one to the next.
 
     Parameters
     ----------
-    path
-        The file; written under a temporary name beside it and renamed.
-    pieces
-        What it holds; names may repeat (several boxes of one tensor).
     threads
-        Writers.
-
-    Raises
-    ------
-    OSError
-        If the filesystem refuses; ``path`` then does not exist.
+        Threads that hash and write; each has a buffer of :data:`CHUNK_BYTES`, unless everything that it
+        writes lies in an arena.
+    fs
+        The filesystem.
+    direct
+        Write past the page cache (O_DIRECT) where the filesystem can.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    offsets, checksum_offset = _lay_out(temporary, pieces)
-    fd = fs.open(temporary, os.O_RDWR)
-    try:
-        checksums = _write_pieces(fd, pieces, offsets, threads, fs)
-        fs.write_all(fd, b"".join(bytes.fromhex(text)[::-1] for text in _blocks(checksums)), checksum_offset)
-        size_bytes = os.fstat(fd).st_size
-        extents = [(offset, len(piece.data)) for offset, piece in zip(offsets, pieces, strict=True)]
-        rest = rest_checksum(fd, size_bytes, extents)
-        fs.fsync(fd)
-    finally:
-        fs.close(fd)
-    fs.rename(temporary, path)
-    fs.fsync_dir(path.parent)
-    return WrittenShard(size_bytes=size_bytes, rest=rest, offsets=tuple(offsets), checksums=checksums)
 
+    def __init__(self, *, threads: int = 2, fs: Filesystem = DISK, direct: bool = True) -> None:
+        self._threads = max(threads, 1)
+        self._fs = fs
+        self._direct = direct
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="hpc-resume-write")
+        self._own = threading.local()
 
-def _lay_out(path: Path, pieces: Sequence[Piece]) -> tuple[list[int], int]:
-    """Make the HDF5 file without any tensor byte; returns the pieces' offsets and that of the checksums."""
-    import h5py
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
 
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
-    # Threshold as large as the alignment: a threshold of 1 would align HDF5's own metadata too, which was
-    # measured to cost 12-36 s at 20,000 datasets.
-    access.set_alignment(_ALIGN_BYTES, _ALIGN_BYTES)
-    access.set_meta_block_size(64 * 1024 + 1400 * len(pieces))
-    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-    file = h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, fapl=access)
-    try:
-        layout = _Layout(file)
-        return layout.place(pieces)
-    finally:
-        file.close()
+    def checksums(self, data: Sequence[Bytes], edges: Sequence[Sequence[int]]) -> bytes:
+        """Hash every block of every piece; returns the table."""
+        table = np.zeros(sum(len(each) - 1 for each in edges), dtype=np.uint64)
+        self._hash_all(data, edges, table)
+        return table.tobytes()
 
+    def write(
+        self,
+        path: Path,
+        image: Image,
+        data: Sequence[Bytes],
+        *,
+        edges: Sequence[Sequence[int]] = (),
+        table: bytes | None = None,
+        arena: Bytes | None = None,
+    ) -> WrittenShard:
+        """Write a shard, durable on return.
 
-class _Layout:
-    """Creates the datasets of one file."""
+        Parameters
+        ----------
+        path
+            The file; written under a temporary name beside it and renamed.
+        image
+            What it consists of besides tensors.
+        data
+            The bytes of each piece, end to end what ``image.data`` leaves room for.
+        edges
+            Where the blocks of each piece begin, to hash them on the way.
+        table
+            The checksums, if they are known already.
+        arena
+            Memory that holds the file's image with ``data`` at its place: written as it is.
 
-    def __init__(self, file: Any) -> None:
-        import h5py
+        Raises
+        ------
+        OSError
+            If the filesystem refuses; ``path`` then does not exist.
+        """
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        fd = self._open(temporary, image.size_bytes)
+        try:
+            table = self._fill(fd, image, data, edges, table, arena)
+            self._fs.truncate(fd, image.size_bytes)
+            self._fs.fsync(fd)
+        finally:
+            self._fs.close(fd)
+        self._fs.rename(temporary, path)
+        self._fs.fsync_dir(path.parent)
+        return WrittenShard(
+            size_bytes=image.size_bytes,
+            index=image.index,
+            table=image.table,
+            checksums=table,
+            digest=index_digest(image.index_bytes, table),
+            rest=image.rest_digest(table),
+        )
 
-        self._h5 = h5py
-        self._file = file
-        self._create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        self._create.set_layout(h5py.h5d.CONTIGUOUS)
-        self._create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        self._create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        self._links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-        self._links.set_create_intermediate_group(1)
-
-    def place(self, pieces: Sequence[Piece]) -> tuple[list[int], int]:
-        offsets = [-1] * len(pieces)
-        used: set[str] = set()
-        packed_bytes = 0
-        for index, piece in enumerate(pieces):
-            if len(piece.data) < PACKED_BELOW_BYTES:
-                offsets[index] = packed_bytes
-                packed_bytes += -(-len(piece.data) // _PACK_ALIGN_BYTES) * _PACK_ALIGN_BYTES
-                continue
-            path = f"tensors/{piece.name}"
-            while path in used:  # another box of the same tensor
-                path += "+"
-            used.add(path)
-            dataset = self._dataset(path, dtypes.hdf5_type(piece.dtype), piece.box.size)
-            self._attribute(dataset, "global_shape", piece.shape)
-            self._attribute(dataset, "start", piece.box.start)
-            offsets[index] = dataset.get_offset()
-        if packed_bytes:
-            base = self._dataset("packed", dtypes.hdf5_type("uint8"), (packed_bytes,)).get_offset()
-            for index, piece in enumerate(pieces):
-                if len(piece.data) < PACKED_BELOW_BYTES:
-                    offsets[index] += base
-        final = [offset if len(piece.data) else 0 for piece, offset in zip(pieces, offsets, strict=True)]
-        entries = [
-            {
-                "name": piece.name,
-                "dtype": piece.dtype,
-                "shape": list(piece.shape),
-                "start": list(piece.box.start),
-                "size": list(piece.box.size),
-                "offset": offset,
-                "length": len(piece.data),
-            }
-            for piece, offset in zip(pieces, final, strict=True)
+    def _fill(
+        self,
+        fd: int,
+        image: Image,
+        data: Sequence[Bytes],
+        edges: Sequence[Sequence[int]],
+        table: bytes | None,
+        arena: Bytes | None,
+    ) -> bytes:
+        """Write all bytes; returns the table."""
+        sums = None if table is not None else np.zeros(image.table[1] // 8, dtype=np.uint64)
+        contents = _Contents(image, data, edges)
+        first, last = image.table[0], image.table[0] + image.table[1]
+        chunks = [
+            (begin, min(begin + CHUNK_BYTES, image.size_bytes))
+            for begin in range(0, image.size_bytes, CHUNK_BYTES)
         ]
-        self._index(entries)
-        blocks = sum(block_count(len(piece.data)) for piece in pieces)
-        checksums = self._dataset("checksums", dtypes.hdf5_type("uint64"), (max(blocks, 1),))
-        return final, checksums.get_offset()
+        late = [chunk for chunk in chunks if chunk[1] > first and chunk[0] < last]
 
-    def _dataset(self, path: str, kind: Any, shape: tuple[int, ...]) -> Any:
-        space = self._h5.h5s.create_simple(shape) if shape else self._h5.h5s.create(self._h5.h5s.SCALAR)
-        return self._h5.h5d.create(self._file, path.encode(), kind, space, self._create, self._links)
+        def work(chunk: tuple[int, int]) -> None:
+            if sums is not None:
+                for at, block in contents.blocks_in(*chunk):
+                    sums[at] = xxhash.xxh3_64_intdigest(block)
+            self._write_chunk(fd, contents, chunk, arena)
 
-    def _attribute(self, dataset: Any, name: str, values: tuple[int, ...]) -> None:
-        import numpy as np
+        def hash_only(chunk: tuple[int, int]) -> None:
+            assert sums is not None
+            for at, block in contents.blocks_in(*chunk):
+                sums[at] = xxhash.xxh3_64_intdigest(block)
 
-        self._h5.Dataset(dataset).attrs[name] = np.array(values, dtype=np.int64)
+        self._run(work, [chunk for chunk in chunks if chunk not in late])
+        if sums is not None:
+            self._run(hash_only, late)
+            table = sums.tobytes()
+        assert table is not None
+        contents.add_table(table)
+        if arena is not None:
+            arena[first:last] = np.frombuffer(table, np.uint8)
+        for chunk in late:
+            self._write_chunk(fd, contents, chunk, arena)
+        return table
 
-    def _index(self, entries: list[JsonObject]) -> None:
-        import numpy as np
+    def _hash_all(
+        self, data: Sequence[Bytes], edges: Sequence[Sequence[int]], table: npt.NDArray[np.uint64]
+    ) -> None:
+        first, jobs = 0, []
+        for piece, marks in zip(data, edges, strict=True):
+            jobs.append((first, piece.data, marks))
+            first += len(marks) - 1
 
-        text = json.dumps({"block_bytes": BLOCK_BYTES, "pieces": entries}, separators=(",", ":")).encode()
-        dataset = self._dataset("index", dtypes.hdf5_type("uint8"), (len(text),))
-        dataset.write(self._h5.h5s.ALL, self._h5.h5s.ALL, np.frombuffer(text, np.uint8).copy())
+        def work(share: list[tuple[int, memoryview, Sequence[int]]]) -> None:
+            for at, piece, marks in share:
+                for number, (low, high) in enumerate(pairwise(marks), at):
+                    table[number] = xxhash.xxh3_64_intdigest(piece[low:high])
 
+        self._run(work, _shares(jobs, self._threads))
 
-def _write_pieces(
-    fd: int, pieces: Sequence[Piece], offsets: Sequence[int], threads: int, fs: Filesystem
-) -> tuple[str, ...]:
-    """Hash and write all pieces; returns the checksums of each."""
+    def _run(self, function: object, jobs: Iterable[object]) -> None:
+        """Run jobs on the threads; the first error ends it."""
+        for _ in self._pool.map(function, jobs):  # type: ignore[arg-type]
+            pass
 
-    def task(piece: memoryview, offset: int) -> str:
-        digests = [xxhash.xxh3_64_hexdigest(block) for _, block in _split(piece, BLOCK_BYTES)]
-        fs.write_all(fd, piece, offset)
-        return "".join(digests)
+    def _open(self, path: Path, size_bytes: int) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        if self._direct and size_bytes >= _DIRECT_FROM_BYTES:
+            try:
+                return self._fs.open(path, flags | os.O_DIRECT)
+            except OSError as error:
+                if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+                    raise
+        return self._fs.open(path, flags)
 
-    jobs = [
-        (index, part, offset + begin)
-        for index, (piece, offset) in enumerate(zip(pieces, offsets, strict=True))
-        for begin, part in _split(piece.data, _TASK_BYTES)
-    ]
-    checksums = [""] * len(pieces)
-    with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="hpc-resume-write") as pool:
-        results = pool.map(task, [part for _, part, _ in jobs], [offset for _, _, offset in jobs])
-        for (index, _, _), digest in zip(jobs, results, strict=True):
-            checksums[index] += digest
-    return tuple(checksums)
+    def _write_chunk(self, fd: int, contents: _Contents, chunk: tuple[int, int], arena: Bytes | None) -> None:
+        begin, end = chunk
+        padded = begin + -(-(end - begin) // ALIGN_BYTES) * ALIGN_BYTES
+        if arena is not None:
+            buffer = arena[begin:padded]
+        else:
+            buffer = self._buffer()[: padded - begin]
+            contents.copy(begin, end, buffer)
+        try:
+            self._fs.write_all(fd, buffer.data, begin)
+        except OSError as error:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+                raise
+            # Opened so, but not written so (or what was left after a short write is not aligned).
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            self._fs.write_all(fd, buffer.data, begin)
 
-
-def _split(data: memoryview, size: int) -> Iterator[tuple[int, memoryview]]:
-    for begin in range(0, len(data), size):
-        yield begin, data[begin : begin + size]
-
-
-def _blocks(checksums: Sequence[str]) -> Iterator[str]:
-    for text in checksums:
-        for begin in range(0, len(text), 16):
-            yield text[begin : begin + 16]
-
-
-def rest_checksum(fd: int, size_bytes: int, extents: Sequence[tuple[int, int]]) -> str:
-    """Xxh3-64 over all bytes of a file outside the extents: headers, index, padding.
-
-    Parameters
-    ----------
-    fd
-        The open file.
-    size_bytes
-        Its size as recorded.
-    extents
-        Offset and length of each piece.
-
-    Raises
-    ------
-    IntegrityError
-        If pieces overlap or the file is shorter than recorded.
-    """
-    digest = xxhash.xxh3_64()
-    position = 0
-    for offset, length in [*sorted(extent for extent in extents if extent[1]), (size_bytes, 0)]:
-        if offset < position:
-            raise IntegrityError(f"two boxes overlap at byte {offset}")
-        while position < offset:
-            data = os.pread(fd, min(offset - position, BLOCK_BYTES), position)
-            if not data:
-                raise IntegrityError(f"the file ends at byte {position} of {size_bytes}")
-            digest.update(data)
-            position += len(data)
-        position = offset + length
-    return digest.hexdigest()
+    def _buffer(self) -> Bytes:
+        """Give the page-aligned buffer of the calling thread."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = np.frombuffer(mmap.mmap(-1, CHUNK_BYTES), np.uint8)
+        buffer: Bytes = self._own.buffer
+        return buffer
 
 
-def read_blocks(fd: int, offset: int, length: int, checksums: str, first: int, into: memoryview) -> None:
-    """Read whole checksum blocks of one box and verify them.
+class _Contents:
+    """What stands where in a file: pieces and segments by offset."""
 
-    Parameters
-    ----------
-    fd
-        The open shard.
-    offset, length, checksums
-        The stored box.
-    first
-        Index of the first block to read.
-    into
-        Where the bytes go; a whole number of blocks, or up to the box's end.
+    def __init__(self, image: Image, data: Sequence[Bytes], edges: Sequence[Sequence[int]]) -> None:
+        extents = list(_placed(image.data, data))
+        self._spans = sorted(
+            [*extents, *((at, np.frombuffer(content, np.uint8)) for at, content in image.segments)],
+            key=lambda span: span[0],
+        )
+        self._starts = [start for start, _ in self._spans]
+        self._table_at = image.table[0]
+        self._hashed: list[tuple[int, int, Bytes, Sequence[int]]] = []
+        if edges:
+            first = 0
+            for (start, piece), marks in zip(extents, edges, strict=True):
+                self._hashed.append((start, first, piece, marks))
+                first += len(marks) - 1
+            self._hashed.sort(key=lambda each: each[0])
+        self._hashed_starts = [each[0] for each in self._hashed]
 
-    Raises
-    ------
-    IntegrityError
-        If the file is too short or a checksum differs; the message names the byte range.
-    """
-    if not len(into):
-        return
-    begin = first * BLOCK_BYTES
-    if begin + len(into) > length:
-        raise IntegrityError(f"bytes {begin} to {begin + len(into)} of a box of {length}")
-    for index, (relative, block) in enumerate(_split(into, BLOCK_BYTES), first):
-        at = offset + begin + relative
-        done = 0
-        while done < len(block):
-            count = os.preadv(fd, [block[done:]], at + done)
-            if count == 0:
-                raise IntegrityError(f"the file ends at byte {at + done}")
-            done += count
-        if xxhash.xxh3_64_hexdigest(block) != checksums[16 * index : 16 * index + 16]:
-            raise IntegrityError(f"bytes {at} to {at + len(block)} are not what was written (xxh3 differs)")
+    def add_table(self, table: bytes) -> None:
+        """Put the checksums in their place."""
+        if table:
+            at = bisect_right(self._starts, self._table_at)
+            self._starts.insert(at, self._table_at)
+            self._spans.insert(at, (self._table_at, np.frombuffer(table, np.uint8)))
+
+    def blocks_in(self, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
+        """Give the blocks that begin in a range of the file, with their numbers."""
+        place = max(bisect_right(self._hashed_starts, begin) - 1, 0)
+        for start, first, piece, marks in self._hashed[place:]:
+            if start >= end:
+                return
+            view = piece.data
+            number = 0 if begin <= start else bisect_right(marks, begin - start - 1)
+            while number < len(marks) - 1 and start + marks[number] < end:
+                yield first + number, view[marks[number] : marks[number + 1]]
+                number += 1
+
+    def copy(self, begin: int, end: int, buffer: Bytes) -> None:
+        """Copy a range of the file into a buffer, and zeros behind it."""
+        position = begin
+        for number in range(max(bisect_right(self._starts, begin) - 1, 0), len(self._spans)):
+            start, content = self._spans[number]
+            if start >= end:
+                break
+            low, high = max(start, begin), min(start + len(content), end)
+            if low >= high:
+                continue
+            buffer[position - begin : low - begin] = 0
+            np.copyto(buffer[low - begin : high - begin], content[low - start : high - start])
+            position = high
+        buffer[position - begin :] = 0
+
+
+def _placed(extents: Sequence[tuple[int, int]], data: Sequence[Bytes]) -> Iterator[tuple[int, Bytes]]:
+    """Give each array its offset; one extent may be filled by several."""
+    places = iter(extents)
+    offset = room = 0
+    for array in data:
+        if not len(array):
+            continue
+        while room == 0:
+            offset, room = next(places)
+        yield offset, array
+        offset, room = offset + len(array), room - len(array)
+
+
+def _shares(
+    jobs: Sequence[tuple[int, memoryview, Sequence[int]]], count: int
+) -> list[list[tuple[int, memoryview, Sequence[int]]]]:
+    """Cut hashing jobs into shares of about a chunk, and at least one for each thread."""
+    shares: list[list[tuple[int, memoryview, Sequence[int]]]] = [[]]
+    total = sum(len(piece) for _, piece, _ in jobs)
+    goal = max(min(CHUNK_BYTES, total // count), 1)
+    filled = 0
+    for at, piece, marks in jobs:
+        first = 0
+        while first < len(marks) - 1:
+            last = first + 1
+            while last < len(marks) - 1 and marks[last] - marks[first] + filled < goal:
+                last += 1
+            shares[-1].append((at + first, piece, marks[first : last + 1]))
+            filled += marks[last] - marks[first]
+            if filled >= goal:
+                shares.append([])
+                filled = 0
+            first = last
+    return [share for share in shares if share]

@@ -1,18 +1,17 @@
 """The tracked state: from live PyTorch objects to pieces and typed JSON, and back.
 
-What a rank stores follows from its own tensors alone: a ``DTensor`` says which box of the global tensor it
-holds and who holds the same box; parameters under ``DistributedDataParallel`` and their optimizer state are
-the same on every rank. Those replicas are split among their holders. Any other plain tensor is taken whole
-from rank 0, because nothing says that the ranks agree on it (DDP itself takes buffers from rank 0).
+What a rank stores follows from its own tensors alone: a ``DTensor`` says how its mesh splits it; parameters
+under ``DistributedDataParallel`` and their optimizer state are the same on every rank. Those replicas are split
+among their holders. Any other plain tensor is taken whole from rank 0, because nothing says that the ranks agree
+on it (DDP itself takes buffers from rank 0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -20,34 +19,47 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc_resume.checkpoint import dtypes, objects
-from hpc_resume.checkpoint.boxes import Box, Replica, split_replicas
-from hpc_resume.checkpoint.reader import CheckpointReader
-from hpc_resume.checkpoint.shard import Piece
+from hpc_resume.checkpoint.boxes import Box
+from hpc_resume.checkpoint.fit import key_problems, shape_problems, target_for
+from hpc_resume.checkpoint.image import Piece
+from hpc_resume.checkpoint.layout import Layout
+from hpc_resume.checkpoint.leaves import flatten, leaf
+from hpc_resume.checkpoint.placement import layout_of, local_of
+from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
+from hpc_resume.checkpoint.snapshot import Captured, pieces_of
+from hpc_resume.checkpoint.standin import held_box
+from hpc_resume.checkpoint.structure import Structure, TensorRecord
 from hpc_resume.errors import IntegrityError, MismatchError, StateError
 
 #: Names under this are no tensors of the model but one rank's own (generators, differing objects).
 RANKS = "ranks"
+#: A rank's own non-tensor state takes a whole number of these, so that the file's layout stays the same while
+#: its numbers get longer and shorter.
+_OBJECTS_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Captured:
-    """One rank's part of a state.
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is stored of a state, while its structure stays the same.
 
     Parameters
     ----------
-    pieces
-        What this rank stores. Their bytes are the live tensors' own where those are contiguous on the CPU:
-        write them before training goes on.
-    objects
-        The non-tensor state as typed JSON, by tracked key.
+    signature
+        What the plan was made from.
+    structure, pieces
+        What all store, and what this rank stores.
+    cuts
+        For each piece of a tracked tensor, its name and the slices of what this rank holds; None for all of it.
     """
 
+    signature: list[Any]
+    structure: Structure
     pieces: tuple[Piece, ...]
-    objects: Any
+    cuts: tuple[tuple[str, tuple[slice, ...] | None], ...]
 
 
 class TrackedState:
@@ -80,11 +92,23 @@ class TrackedState:
         self._rank = rank
         self._world_size = world_size
         self._modules = {k: v for k, v in items.items() if isinstance(v, torch.nn.Module)}
+        self._replicas = world_size > 1 and any(
+            isinstance(module, DistributedDataParallel)
+            for tracked in self._modules.values()
+            for module in tracked.modules()
+        )
+        self._plans: dict[int, _Plan] = {}
+        self._objects_bytes = 0
         self._owners = {
             key: self._owner(key, item)
             for key, item in items.items()
             if isinstance(item, torch.optim.Optimizer)
         }
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Keys of the tracked modules."""
+        return tuple(self._modules)
 
     def _owner(self, key: str, optimizer: torch.optim.Optimizer) -> torch.nn.Module:
         """Find the module that has all of an optimizer's parameters: its state is stored under their names."""
@@ -102,13 +126,15 @@ class TrackedState:
 
     # ---------------------------------------------------------------- capture
 
-    def capture(self, private: Mapping[str, torch.Tensor]) -> Captured:
+    def capture(self, private: Mapping[str, torch.Tensor], keys: Iterable[str] | None = None) -> Captured:
         """Take this rank's part of the state.
 
         Parameters
         ----------
         private
             This rank's own tensors (generators), by name.
+        keys
+            What of the tracked items; all by default.
 
         Raises
         ------
@@ -117,31 +143,83 @@ class TrackedState:
         """
         tree = {}
         leaves: dict[str, torch.Tensor] = {}
-        for key in self._items:
-            tree[key], found = _flatten(key, self._state_of(key))
+        for key in self._items if keys is None else keys:
+            tree[key], found = flatten(key, self._state_of(key))
             leaves.update(found)
-        replicated = self._replicated_storages()
-        pieces: list[Piece] = []
-        shared: list[Replica] = []
+        own = dict(private)
+        if self._rank != 0:  # rank 0's stands in the manifest
+            own["objects"] = self._own_objects(tree)
+        plan = self._plan(leaves, own)
+        sources = [
+            local_of(leaves[name]) if cut is None else local_of(leaves[name])[cut] for name, cut in plan.cuts
+        ]
+        return Captured(
+            structure=plan.structure,
+            pieces=plan.pieces,
+            sources=(*sources, *own.values()),
+            objects=tree,
+            leaves=leaves,
+        )
+
+    def _own_objects(self, tree: Any) -> torch.Tensor:
+        """Write the non-tensor state of this rank as bytes, filled up with spaces."""
+        data = objects.dump(tree)
+        if len(data) > self._objects_bytes:
+            self._objects_bytes = -(-(len(data) + len(data) // 8) // _OBJECTS_BYTES) * _OBJECTS_BYTES
+        return torch.frombuffer(bytearray(data.ljust(self._objects_bytes)), dtype=torch.uint8)
+
+    def _plan(self, leaves: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> _Plan:
+        """Decide who stores what; the same plan as before while nothing but values has changed."""
+        replicated = self._replicated_storages() if self._replicas else set()
+        signature: list[Any] = [
+            (
+                name,
+                tensor.shape,
+                tensor.dtype,
+                (tensor.device_mesh, tensor.placements, tensor.to_local().shape)
+                if isinstance(tensor, DTensor)
+                else tensor.data_ptr() in replicated,
+            )
+            for name, tensor in leaves.items()
+        ]
+        signature += [(name, tensor.shape) for name, tensor in own.items()]
+        plan = self._plans.get(len(signature))
+        if plan is None or plan.signature != signature:
+            plan = self._plans[len(signature)] = self._make_plan(signature, leaves, own, replicated)
+        return plan
+
+    def _make_plan(
+        self,
+        signature: list[Any],
+        leaves: Mapping[str, torch.Tensor],
+        own: Mapping[str, torch.Tensor],
+        replicated: set[int],
+    ) -> _Plan:
+        everybody, leader = Layout.replicated(range(self._world_size)), Layout.replicated((0,))
+        records = {}
         for name, tensor in leaves.items():
-            box, holders = self._place(tensor, replicated)
-            if box is None:
-                continue
-            if len(holders) > 1:
-                shared.append(
-                    Replica(name=name, box=box, item_bytes=tensor.element_size(), holders=tuple(holders))
-                )
-            elif self._rank in holders:
-                pieces.append(_piece(name, tensor, box, box))
-        for replica, (name, share) in zip(
-            sorted(shared, key=lambda replica: replica.name), split_replicas(shared, self._rank), strict=True
-        ):
-            if share is not None:
-                pieces.append(_piece(name, leaves[name], replica.box, share))
-        for name, tensor in {**private, "objects": _as_bytes(tree)}.items():
-            whole = Box.whole(tensor.shape)
-            pieces.append(_piece(f"{RANKS}/{self._rank:05d}/{name}", tensor, whole, whole))
-        return Captured(pieces=tuple(sorted(pieces, key=lambda piece: piece.name)), objects=tree)
+            if isinstance(tensor, DTensor):
+                layout = layout_of(name, tensor, self._rank)
+            else:
+                layout = everybody if tensor.numel() and tensor.data_ptr() in replicated else leader
+            records[name] = TensorRecord(tuple(tensor.shape), dtypes.name_of(tensor.dtype), layout)
+        structure = Structure(records)
+        pieces = pieces_of(structure, self._rank)
+        cuts = []
+        for piece in pieces:
+            held = held_box(records[piece.name], self._rank)
+            assert held is not None
+            cuts.append((piece.name, None if held == piece.box else piece.box.slices_in(held)))
+        private = [
+            Piece(
+                f"{RANKS}/{self._rank:05d}/{name}",
+                dtypes.name_of(tensor.dtype),
+                tuple(tensor.shape),
+                Box.whole(tensor.shape),
+            )
+            for name, tensor in own.items()
+        ]
+        return _Plan(signature, structure, (*pieces, *private), tuple(cuts))
 
     def _state_of(self, key: str) -> Any:
         item = self._items[key]
@@ -173,14 +251,6 @@ class TrackedState:
                     }
         return found
 
-    def _place(self, tensor: torch.Tensor, replicated: set[int]) -> tuple[Box | None, Sequence[int]]:
-        """Box of the global tensor that this rank holds, and all ranks that hold the same."""
-        if isinstance(tensor, DTensor):
-            return _place_dtensor(tensor)
-        if tensor.numel() and tensor.data_ptr() in replicated:
-            return Box.whole(tensor.shape), range(self._world_size)
-        return Box.whole(tensor.shape), (0,)
-
     # ---------------------------------------------------------------- restore
 
     def restore(self, reader: CheckpointReader) -> None:
@@ -196,14 +266,15 @@ class TrackedState:
         """
         tree = self._saved_objects(reader)
         targets = self._targets(tree, reader)
-        for name, tensor in targets.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            box, _ = self._place(tensor, set())
-            if box is not None and local.numel():
-                with torch.no_grad():
-                    reader.read(name, box, local.detach())
+        wanted: dict[Any, Wanted] = {}
+        for name, tensor in targets.values():
+            local = local_of(tensor)
+            if local.numel():
+                wanted[name, local.data_ptr()] = Wanted(name, self._box_of(name, tensor), local)
+        with torch.no_grad():
+            reader.read_all(wanted.values())
         for key, item in self._items.items():
-            state = objects.decode(tree[key], lambda tag, name: _leaf(tag, targets[name]))
+            state = objects.decode(tree[key], lambda tag, name: leaf(tag, targets[name][1]))
             if key in self._modules:
                 set_model_state_dict(item, state)
             elif key in self._owners:
@@ -214,16 +285,17 @@ class TrackedState:
             else:
                 item.load_state_dict(state)
 
+    def _box_of(self, name: str, tensor: torch.Tensor) -> Box:
+        if not isinstance(tensor, DTensor):
+            return Box.whole(tensor.shape)
+        layout = layout_of(name, tensor, self._rank)
+        group = layout.group_of(self._rank)
+        assert group is not None
+        return layout.box(tensor.shape, group)
+
     def private(self, reader: CheckpointReader, rank: int) -> dict[str, torch.Tensor]:
         """Read what a rank had for itself when the checkpoint was written, by name."""
-        prefix = f"{RANKS}/{rank:05d}/"
-        found = {}
-        for name, record in reader.manifest.tensors.items():
-            if name.startswith(prefix):
-                tensor = torch.empty(record.shape, dtype=dtypes.torch_dtype(record.dtype))
-                reader.read(name, Box.whole(record.shape), tensor)
-                found[name.removeprefix(prefix)] = tensor
-        return found
+        return reader.private(rank, f"{RANKS}/{rank:05d}/")
 
     def _saved_objects(self, reader: CheckpointReader) -> Any:
         manifest = reader.manifest
@@ -240,146 +312,42 @@ class TrackedState:
             return objects.parse(data)
         return manifest.objects
 
-    def _targets(self, tree: Any, reader: CheckpointReader) -> dict[str, torch.Tensor]:
-        """Tensors to read into, by name in the checkpoint."""
-        problems = _key_problems(set(self._items), set(tree))
-        targets: dict[str, torch.Tensor] = {}
+    def _targets(self, tree: Any, reader: CheckpointReader) -> dict[str, tuple[str, torch.Tensor]]:
+        """Tensors to read into, by name: each with the name under which it is stored."""
+        if not isinstance(tree, dict):
+            raise IntegrityError(f"{reader.folder}: its non-tensor state is no mapping")
+        problems = key_problems(set(self._items), set(tree))
+        targets: dict[str, tuple[str, torch.Tensor]] = {}
         for key in self._items.keys() & tree.keys():
             names = objects.tensor_names(tree[key])
-            for name in names:
-                if name not in reader.manifest.tensors:
-                    raise IntegrityError(f"{reader.folder}: {name} stands in the state but has no bytes")
+            for stored in names.values():
+                if stored not in reader.manifest.structure.tensors:
+                    raise IntegrityError(f"{reader.folder}: {stored} stands in the state but has no bytes")
+            have = self._present(key)
             if key in self._modules:
-                have = _flatten(key, self._state_of(key))[1]
                 problems += [
-                    f"{n}: in the model, not in the checkpoint" for n in sorted(have.keys() - set(names))
+                    f"{n}: in the model, not in the checkpoint" for n in sorted(have.keys() - names.keys())
                 ]
                 problems += [
-                    f"{n}: in the checkpoint, not in the model" for n in sorted(set(names) - have.keys())
+                    f"{n}: in the checkpoint, not in the model" for n in sorted(names.keys() - have.keys())
                 ]
-                for name in have.keys() & set(names):
-                    problems += _shape_problems(name, have[name], reader)
-                targets.update({name: have[name] for name in names if name in have})
-            elif key in self._owners:
-                targets.update(self._optimizer_targets(key, names, reader))
+                for name in have.keys() & names.keys():
+                    problems += shape_problems(name, have[name], names[name], reader)
+                targets.update({n: (names[n], have[n]) for n in names.keys() & have.keys()})
             else:
-                templates = _flatten(key, self._state_of(key))[1]
-                for name in names:
-                    targets[name] = _new(name, templates.get(name), reader)
+                fresh = key not in self._owners
+                made: dict[str, torch.Tensor] = {}
+                for name, stored in names.items():
+                    if stored not in made:
+                        made[stored] = target_for(have.get(name), stored, reader, fresh=fresh)
+                    targets[name] = stored, made[stored]
         if problems:
             raise MismatchError(
                 f"{reader.folder}: does not fit the tracked state:\n  " + "\n  ".join(sorted(problems))
             )
         return targets
 
-    def _optimizer_targets(
-        self, key: str, names: Sequence[str], reader: CheckpointReader
-    ) -> dict[str, torch.Tensor]:
-        """Make new tensors, laid out as the parameters that they belong to."""
-        by_name = {
-            f"{key}/state/{_escape(fqn)}/": parameter
-            for fqn, parameter in parameter_names(self._owners[key]).items()
-        }
-        return {name: _new(name, by_name.get(name.rsplit("/", 1)[0] + "/"), reader) for name in names}
-
-
-def parameter_names(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return a module's parameters by fully qualified name, without the wrappers' own components."""
-    found = {}
-    for raw, parameter in module.named_parameters():
-        parts: list[str] = []
-        owner: Any = module
-        for part in raw.split("."):
-            wrapper = isinstance(owner, DistributedDataParallel) and part == "module"
-            if not wrapper and part not in {"_orig_mod", "_checkpoint_wrapped_module"}:
-                parts.append(part)
-            owner = getattr(owner, part)
-        found[".".join(parts)] = parameter
-    return found
-
-
-def _place_dtensor(tensor: DTensor) -> tuple[Box | None, Sequence[int]]:
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return None, ()
-    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    index = tuple(
-        slice(None) if isinstance(placement, Replicate) else position
-        for placement, position in zip(tensor.placements, coordinate, strict=True)
-    )
-    holders = sorted(int(rank) for rank in mesh.mesh[index].flatten())
-    return Box(tuple(chunk.offsets), tuple(chunk.sizes)), holders
-
-
-def _flatten(key: str, state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Typed JSON of a state, and its tensors by name."""
-    leaves: dict[str, torch.Tensor] = {}
-
-    def name_tensor(value: Any, path: tuple[str, ...]) -> dict[str, str] | None:
-        if isinstance(value, np.ndarray):
-            if value.dtype.hasobject or value.dtype.kind not in "biufc":
-                return None
-            tag, tensor = "$ndarray", torch.from_numpy(np.ascontiguousarray(value))
-        elif isinstance(value, torch.Tensor):
-            tag, tensor = "$tensor", value
-        else:
-            return None
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise StateError(f"{'/'.join(path)}: a tensor of layout {tensor.layout} can't be stored")
-        dtypes.name_of(tensor.dtype)
-        name = "/".join(map(_escape, path))
-        if name in leaves:
-            raise StateError(f"{name}: two entries of the state have this name")
-        leaves[name] = tensor
-        return {tag: name}
-
-    return objects.encode(state, (key,), name_tensor), leaves
-
-
-def _escape(component: str) -> str:
-    """Make one component of a name that HDF5 takes as a link's name."""
-    escaped = component.replace("%", "%25").replace("/", "%2F")
-    return "%2E" if escaped == "." else escaped or "%"
-
-
-def _piece(name: str, tensor: torch.Tensor, held: Box, share: Box) -> Piece:
-    """Bytes of a box, out of the box that this rank holds."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    part = local.detach()[share.slices_in(held)].resolve_conj().resolve_neg().contiguous().cpu()
-    data = part.reshape(-1).view(torch.uint8).numpy().data
-    return Piece(
-        name=name, dtype=dtypes.name_of(tensor.dtype), shape=tuple(tensor.shape), box=share, data=data
-    )
-
-
-def _as_bytes(tree: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(objects.dump(tree)), dtype=torch.uint8)
-
-
-def _leaf(tag: str, tensor: torch.Tensor) -> Any:
-    return tensor.numpy() if tag == "$ndarray" else tensor
-
-
-def _new(name: str, like: torch.Tensor | None, reader: CheckpointReader) -> torch.Tensor:
-    record = reader.manifest.tensors[name]
-    dtype = dtypes.torch_dtype(record.dtype)
-    if like is not None and tuple(like.shape) == record.shape:
-        return torch.empty_like(like, dtype=dtype, requires_grad=False)
-    return torch.empty(record.shape, dtype=dtype)
-
-
-def _key_problems(tracked: set[str], saved: set[str]) -> list[str]:
-    return [f"{key}: tracked now, not in the checkpoint" for key in tracked - saved] + [
-        f"{key}: in the checkpoint, not tracked now" for key in saved - tracked
-    ]
-
-
-def _shape_problems(name: str, tensor: torch.Tensor, reader: CheckpointReader) -> list[str]:
-    record = reader.manifest.tensors[name]
-    problems = []
-    if tuple(tensor.shape) != record.shape:
-        problems.append(f"{name}: shape {list(tensor.shape)}, in the checkpoint {list(record.shape)}")
-    if dtypes.name_of(tensor.dtype) != record.dtype:
-        problems.append(f"{name}: {dtypes.name_of(tensor.dtype)}, in the checkpoint {record.dtype}")
-    return problems
+    def _present(self, key: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of an item as it is now, by each of their names."""
+        tree, leaves = flatten(key, self._state_of(key))
+        return {name: leaves[stored] for name, stored in objects.tensor_names(tree).items()}

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_resume.checkpoint.manifest import BLOCK_BYTES, MANIFEST, Manifest, read_manifest
-from hpc_resume.checkpoint.shard import read_blocks, rest_checksum
-from hpc_resume.errors import CheckpointNotFound, HpcResumeError, IntegrityError
+from hpc_resume.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from hpc_resume.checkpoint.shardfile import ShardFile
+from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.journal import read_events
 from hpc_resume.rundir import RunDirectory
+
+#: Read and hashed at a time.
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +36,21 @@ class Finding:
     problem: str
 
 
-def verify_run(root: Path) -> list[Finding]:
-    """Verify the identity and all committed checkpoints of a run.
+#: Called with the bytes that have been verified so far, and all there are to verify.
+Progress = Callable[[int, int], None]
+
+
+def verify_run(root: Path, *, threads: int = 2, progress: Progress | None = None) -> list[Finding]:
+    """Verify the identity and all committed checkpoints of a run; only reads.
 
     Parameters
     ----------
     root
         The run directory.
+    threads
+        That read; each takes a shard.
+    progress
+        Told how far it is.
 
     Returns
     -------
@@ -64,6 +77,7 @@ def verify_run(root: Path) -> list[Finding]:
     findings += _missing(run)
     if not run.checkpoints.is_dir():
         return [*findings, Finding(path=run.checkpoints, problem="is gone")]
+    whole: list[tuple[Path, Manifest]] = []
     for name in sorted(os.listdir(run.checkpoints)):  # noqa: PTH208 - names are all that is needed
         folder = run.checkpoints / name
         try:
@@ -73,52 +87,105 @@ def verify_run(root: Path) -> list[Finding]:
             continue
         if run_id is not None and manifest.run_id != run_id:
             findings.append(Finding(path=folder / MANIFEST, problem=f"belongs to run {manifest.run_id}"))
-        findings += verify_checkpoint(folder, manifest)
-    return findings
+        whole.append((folder, manifest))
+    return findings + _verify_shards(whole, threads, progress)
 
 
-def verify_checkpoint(folder: Path, manifest: Manifest) -> list[Finding]:
+def verify_checkpoint(folder: Path, manifest: Manifest, *, threads: int = 2) -> list[Finding]:
     """Verify every byte of a checkpoint's shards, and that nothing else lies among them."""
-    expected = {MANIFEST, *(shard.file for shard in manifest.shards)}
-    findings = [
-        Finding(path=folder / name, problem="does not belong to the checkpoint")
-        for name in sorted(set(os.listdir(folder)) - expected)  # noqa: PTH208 - as above
+    return _verify_shards([(folder, manifest)], threads, None)
+
+
+def _verify_shards(
+    checkpoints: Sequence[tuple[Path, Manifest]], threads: int, progress: Progress | None
+) -> list[Finding]:
+    jobs = [
+        (folder, manifest, rank) for folder, manifest in checkpoints for rank in range(len(manifest.shards))
     ]
-    for index, shard in enumerate(manifest.shards):
-        path = folder / shard.file
-        try:
-            _verify_shard(path, manifest, index)
-        except OSError as error:
-            findings.append(Finding(path=path, problem=f"can't be read ({error.strerror})"))
-        except HpcResumeError as error:
-            findings.append(Finding(path=path, problem=str(error)))
+    total = sum(manifest.size_bytes for _, manifest in checkpoints)
+    done = 0
+    lock = threading.Lock()
+
+    def count(size_bytes: int) -> None:
+        nonlocal done
+        if progress is not None:
+            with lock:
+                done = min(done + size_bytes, total)
+                progress(done, total)
+
+    def work(job: tuple[Path, Manifest, int]) -> list[Finding]:
+        folder, manifest, rank = job
+        return _verify_shard(folder, manifest, rank, count)
+
+    findings = []
+    for folder, manifest in checkpoints:
+        expected = {MANIFEST, *(shard.file for shard in manifest.shards)}
+        findings += [
+            Finding(path=folder / name, problem="does not belong to the checkpoint")
+            for name in sorted(set(os.listdir(folder)) - expected)  # noqa: PTH208 - as above
+        ]
+    with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="hpc-resume-verify") as pool:
+        for found in pool.map(work, jobs):
+            findings += found
     return findings
 
 
-def _verify_shard(path: Path, manifest: Manifest, index: int) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[int], None]) -> list[Finding]:
+    """Verify a shard: each of its boxes on its own, so that all damage shows, and everything around them."""
+    recorded = manifest.shards[rank]
+    path = folder / recorded.file
+    findings: list[Finding] = []
     try:
-        recorded = manifest.shards[index]
-        size_bytes = os.fstat(fd).st_size
+        size_bytes = path.lstat().st_size
         if size_bytes != recorded.size_bytes:
-            raise IntegrityError(f"{size_bytes} bytes, but {recorded.size_bytes} were written")
-        buffer = memoryview(bytearray(BLOCK_BYTES))
-        extents = []
-        for name, tensor in manifest.tensors.items():
-            for stored in tensor.boxes:
-                if stored.shard != index:
-                    continue
-                extents.append((stored.offset, stored.length))
-                for block, begin in enumerate(range(0, stored.length, BLOCK_BYTES)):
-                    into = buffer[: min(BLOCK_BYTES, stored.length - begin)]
-                    try:
-                        read_blocks(fd, stored.offset, stored.length, stored.checksums, block, into)
-                    except IntegrityError as error:
-                        raise IntegrityError(f"{name}: {error}") from error
-        if rest_checksum(fd, recorded.size_bytes, extents) != recorded.rest:
-            raise IntegrityError("its header, index or padding is not what was written (xxh3 differs)")
+            findings.append(
+                Finding(path=path, problem=f"{size_bytes} bytes, but {recorded.size_bytes} were written")
+            )
+        file = ShardFile.open(folder, manifest, rank)
+    except (OSError, IntegrityError) as error:
+        return [*findings, Finding(path=path, problem=_bare(error, path))]
+    try:
+        for number, entry in enumerate(file.index.entries):
+            try:
+                for first, last, length in _batches(entry.edges):
+                    file.read_blocks(number, first, last, memoryview(bytearray(length)))
+                    count(length)
+            except IntegrityError as error:
+                findings.append(Finding(path=path, problem=_bare(error, path)))
+        if not findings and file.rest_checksum() != recorded.rest:
+            problem = "its header, index or padding is not what was written (xxh3 differs)"
+            findings.append(Finding(path=path, problem=problem))
+        findings += _promised(file, manifest, rank)
+    except (OSError, IntegrityError) as error:
+        findings.append(Finding(path=path, problem=_bare(error, path)))
     finally:
-        os.close(fd)
+        file.close()
+    return findings
+
+
+def _promised(file: ShardFile, manifest: Manifest, rank: int) -> Iterator[Finding]:
+    """Find boxes that a shard must hold by the manifest and does not."""
+    for name, box in manifest.structure.stored_by(rank):
+        try:
+            file.index.find(name, box)
+        except IntegrityError as error:
+            yield Finding(path=file.path, problem=str(error))
+
+
+def _batches(edges: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Cut the blocks of a box into batches of about :data:`_READ_BYTES`."""
+    first = 0
+    while first < len(edges) - 1:
+        last = first + 1
+        while last < len(edges) - 1 and edges[last + 1] - edges[first] <= _READ_BYTES:
+            last += 1
+        yield first, last, edges[last] - edges[first]
+        first = last
+
+
+def _bare(error: Exception, path: Path) -> str:
+    """Take the path off the beginning of a message: a finding has it already."""
+    return str(error).removeprefix(f"{path}: ")
 
 
 def _journals(run: RunDirectory) -> Iterator[Finding]:

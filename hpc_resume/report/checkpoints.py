@@ -88,7 +88,7 @@ def describe(name: str, manifest: Manifest) -> JsonObject:
                 "shape": list(record.shape),
                 "dtype": record.dtype,
                 "size_bytes": record.size_bytes,
-                "boxes": len(record.boxes),
+                "ranks": len(record.layout.ranks if record.layout is not None else record.pieces),
             }
             for tensor, record in manifest.tensors.items()
         },

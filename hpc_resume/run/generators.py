@@ -30,7 +30,8 @@ def capture() -> dict[str, torch.Tensor]:
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - as above
     states = {
         "rng/python": torch.tensor([version, *words], dtype=torch.int64),
-        "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        # A fixed length, whether there is one or not: then every checkpoint is laid out alike.
+        "rng/python_gauss": torch.tensor([0.0, 0.0] if gauss is None else [1.0, gauss], dtype=torch.float64),
         "rng/numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64).copy()),
         "rng/numpy_rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
         "rng/torch": torch.get_rng_state(),
@@ -43,8 +44,8 @@ def capture() -> dict[str, torch.Tensor]:
 def restore(states: Mapping[str, torch.Tensor]) -> None:
     """Set this process's generators to captured states."""
     version, *words = states["rng/python"].tolist()
-    gauss = states["rng/python_gauss"].tolist()
-    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    has_next, gauss = states["rng/python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss if has_next else None))
     position, has_gauss, cached = states["rng/numpy_rest"].tolist()
     keys = states["rng/numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))  # noqa: NPY002 - as above

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpc_resume.checkpoint import store
-from hpc_resume.checkpoint.manifest import Manifest, read_manifest
+from hpc_resume.checkpoint.manifest import FULL, Manifest, read_manifest
 from hpc_resume.checkpoint.reader import CheckpointReader
 from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.errors import IntegrityError, MismatchError, UsageError
@@ -107,9 +107,12 @@ def _worst(answers: list[Any]) -> Any:
 def _newest(run: RunDirectory, damaged: list[str], journal: Journal | None) -> str | None:
     """Name the newest checkpoint whose manifest is whole; others go to quarantine."""
     for name, manifest in store.newest_first(run):
-        if not isinstance(manifest, IntegrityError):
+        if isinstance(manifest, IntegrityError):
+            _set_aside(run, name, str(manifest), damaged, journal)
+        elif manifest.content == FULL:
             return name
-        _set_aside(run, name, str(manifest), damaged, journal)
+        elif journal is not None:
+            journal.event("passed_over", checkpoint=name, step=manifest.step, why=manifest.note)
     return None
 
 
@@ -131,7 +134,7 @@ def _try(
         manifest = read_manifest(folder)
         with CheckpointReader(folder, manifest) as reader:
             state.restore(reader)
-            if manifest.world_size == world_size:
+            if manifest.world_size == world_size and rank not in manifest.missing_ranks:
                 generators.restore(state.private(reader, rank))
             else:
                 generators.seed_all(seed, manifest.step, rank)

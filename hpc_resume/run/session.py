@@ -41,6 +41,8 @@ from hpc_resume.scheduler.environment import JobEnvironment
 _PROGRESS_S = 5.0
 #: Ranks that leave wait this long for rank 0's last word, which may take a few tries of the scheduler.
 _LEAVE_S = 90.0
+#: A crashed attempt lets a checkpoint that is being written be finished for so long.
+_DRAIN_S = 60.0
 #: A rank that gives up leaves rank 0 this long for its last word: once it exits, the launcher ends the rest.
 _HEAD_START_S = 10.0
 
@@ -116,6 +118,7 @@ class Session:
                 self.config,
                 self._clock,
                 self._journal,
+                self.say,
             )
             self._last_word = LastWord(
                 self.environment, self._scheduler, self.config, clock=self._clock, journal=self._journal
@@ -156,7 +159,8 @@ class Session:
             self.say(f"{place}: a new run in {self.directory.root}")
             self._note("fresh", step=0)
         else:
-            self.step = self.first_step = self.saver.saved_step = restored.manifest.step
+            self.step = self.first_step = restored.manifest.step
+            self.saver.restored(restored.manifest)
             saved_on = restored.manifest.world_size
             self.say(f"{place}: restored step {self.step} ({restored.name}, saved on {_ranks(saved_on)})")
             self._note("restored", checkpoint=restored.name, step=self.step, saved_world_size=saved_on)
@@ -210,10 +214,18 @@ class Session:
         if every_s is not None and self.step < until and self.saver.due(every_s):
             self.stopping.request_save()
 
-    def save(self, state: TrackedState, samples: int, reason: str, *, wait: bool = False) -> None:
-        """Take a checkpoint of the completed steps, unless there is one."""
+    def save(
+        self,
+        state: TrackedState,
+        samples: int,
+        reason: str,
+        *,
+        wait: bool = False,
+        left_s: float | None = None,
+    ) -> None:
+        """Take a checkpoint of the completed steps, unless there is one; see :meth:`Saver.save`."""
         self.metrics.flush()
-        self.saver.save(state, self.step, samples, reason, wait=wait)
+        self.saver.save(state, self.step, samples, reason, wait=wait, left_s=left_s)
 
     # ---------------------------------------------------------------- ending
 
@@ -221,7 +233,7 @@ class Session:
         """Save at the agreed step, have the run continued, and leave."""
         self._note("stop_agreed", step=self.step)
         if self.step > self.first_step:
-            self.save(state, samples, "stop", wait=True)
+            self.save(state, samples, "stop", wait=True, left_s=self.stopping.left_s())
         if self.rank == 0:
             ending = self._end(self.stopping.verdict()).to_json()
             self.peers.share("ending", ending)
@@ -256,6 +268,7 @@ class Session:
             With the exit code of an error of ours, after its message.
         """
         self.metrics.flush()
+        self.saver.drain(_DRAIN_S)
         summary = traceback.format_exception_only(type(error), error)[-1].strip()
         restartable = self.environment.job_id is not None
         code = after_crash(error, restartable=restartable, under_way=self.step > self.first_step)
@@ -290,7 +303,7 @@ class Session:
 
     def _end(self, verdict: Verdict, lost: str | None = None) -> Ending:
         assert self._last_word is not None
-        progressed = self.saver.saved_step > self.first_step
+        progressed = self.saver.committed_step > self.first_step
         return self._last_word.end(verdict, step=self.step, progressed=progressed, lost=lost)
 
     def _give_up(self, verdict: Verdict, reason: str) -> None:

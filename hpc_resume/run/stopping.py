@@ -11,13 +11,15 @@ from hpc_resume.files import Clock, JsonObject
 from hpc_resume.journal import Journal
 from hpc_resume.run.agreement import Agreement, Appointment
 from hpc_resume.run.peers import Peers
-from hpc_resume.scheduler.base import Scheduler
+from hpc_resume.scheduler.base import ALIVE, Scheduler
 from hpc_resume.scheduler.cause import Cause, Verdict, classify
 from hpc_resume.scheduler.environment import JobEnvironment
 from hpc_resume.scheduler.signals import SignalWatch
 
 #: Longest wait for the scheduler's answer about the cause, which was asked for when the signal came.
 _VERDICT_S = 30.0
+#: Longest wait for the time that is left, before a save: it must not eat up that time.
+_FACTS_S = 1.0
 
 
 class Stopping:
@@ -71,6 +73,7 @@ class Stopping:
         self._journal: Journal | None = None
         self._verdict: Verdict | None = None
         self._verdict_ready = threading.Event()
+        self._ends_at_s: float | None = None
         self._watchdog: threading.Timer | None = None
         self._started = False
 
@@ -120,6 +123,12 @@ class Stopping:
         return self._verdict or Verdict(
             cause=Cause.UNKNOWN, evidence="the scheduler did not say in time why the job is being stopped"
         )
+
+    def left_s(self) -> float | None:
+        """Seconds until the job is killed, if the scheduler has said so by now. Rank 0 only."""
+        if not self._verdict_ready.wait(_FACTS_S) or self._ends_at_s is None:
+            return None
+        return max(self._ends_at_s - self._clock(), 0.0)
 
     def close(self, *, last_word: bool) -> None:
         """End watching.
@@ -174,9 +183,12 @@ class Stopping:
 
     def _judge(self, details: JsonObject) -> None:
         name: Any = details.get("signal", "SIGTERM")
+        facts = self._scheduler.facts()
+        # A job that is being ended shows the present as its end: how long it is left to live is not said.
+        self._ends_at_s = facts.end_time_s if facts.state in ALIVE else None
         self._verdict = classify(
             name,
-            self._scheduler.facts(),
+            facts,
             own_restarts=self._environment.restart_count,
             now_s=self._clock(),
             warning_lead_s=self._warning_lead_s,

@@ -14,9 +14,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc_resume.checkpoint import store
-from hpc_resume.checkpoint.commit import Staging, claim_attempt
+from hpc_resume.checkpoint.commit import claim_attempt
 from hpc_resume.checkpoint.reader import CheckpointReader
 from hpc_resume.checkpoint.receipt import Header
+from hpc_resume.checkpoint.snapshot import Camera
+from hpc_resume.checkpoint.staging import Staging
 from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.checkpoint.verify import verify_run
 from hpc_resume.errors import MismatchError, StateError
@@ -118,12 +120,12 @@ def save(rank, size, folder, kind, steps=2):
     )
     captured = state.capture({"rng": torch.arange(rank + 3, dtype=torch.uint8)})
     staging = Staging(run, max(run.attempt_numbers()), rank, f"node{rank}")
-    staging.write(header(run, size, 7), captured.pieces, captured.objects)
+    staging.write(header(run, size, 7), Camera().take(captured, stage=kind == "fsdp"))
     dist.barrier()
     if rank == size - 1:
         staging.commit(7)
     dist.barrier()
-    return fingerprint(net, optimizer, scheduler), sum(len(piece.data) for piece in captured.pieces)
+    return fingerprint(net, optimizer, scheduler), sum(piece.length for piece in captured.pieces)
 
 
 def load(rank, size, folder, kind):

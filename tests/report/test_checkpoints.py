@@ -1,6 +1,7 @@
 import pytest
 
 from hpc_resume.checkpoint.manifest import Manifest, ShardRecord, shard_file
+from hpc_resume.checkpoint.structure import Structure
 from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.report.checkpoints import describe, find_checkpoint, list_checkpoints
 from hpc_resume.report.tables import checkpoint_table, contents_table
@@ -16,12 +17,21 @@ def run(tmp_path):
 
 def commit(run, step, world_size=2):
     shards = tuple(
-        ShardRecord(file=shard_file(rank, world_size), rank=rank, node="n1", size_bytes=500, rest="0" * 16)
+        ShardRecord(
+            file=shard_file(rank, world_size),
+            rank=rank,
+            node="n1",
+            size_bytes=500,
+            index=(0, 9),
+            table=(16, 8),
+            digest="0" * 32,
+            rest="0" * 16,
+        )
         for rank in range(world_size)
     )
     manifest = Manifest(
-        run_id="r", attempt=1, step=step, samples=8 * step, reason="cadence", parent=None, created=1.7e9,
-        world_size=world_size, shards=shards, tensors={}, objects={"model": {}}, differing_ranks=(),
+        run_id="r", attempt=1, step=step, samples=8 * step, reason="cadence", content="full", note="", parent=None, refers=(), missing_ranks=(), created=1.7e9,
+        world_size=world_size, shards=shards, structure=Structure({}), objects={"model": {}}, differing_ranks=(),
         node_type="pair", config=None, environment={}, costs={},
     )  # fmt: skip
     folder = run.checkpoints / manifest.name

@@ -16,7 +16,9 @@ import torch
 from hpc_resume.checkpoint import store
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import torch_dtype
+from hpc_resume.checkpoint.manifest import read_manifest
 from hpc_resume.checkpoint.reader import CheckpointReader
+from hpc_resume.checkpoint.shardfile import ShardFile
 from hpc_resume.checkpoint.verify import verify_run
 from hpc_resume.journal import read_events
 from hpc_resume.rundir import RunDirectory
@@ -35,16 +37,17 @@ def ended(run_dir, attempt):
 
 
 def tensors(run_dir):
-    """All tensors of the newest checkpoint except the ranks' own."""
+    """All tensors of the newest checkpoint, every rank's generators included."""
     run = RunDirectory(run_dir)
     name, manifest = store.find(run)
     found = {}
     with CheckpointReader(run.checkpoints / name, manifest) as reader:
         for key, record in manifest.tensors.items():
-            if key.startswith("ranks/") and "rng" not in key:
-                continue
             found[key] = torch.empty(record.shape, dtype=torch_dtype(record.dtype))
             reader.read(key, Box.whole(record.shape), found[key])
+        for rank in range(manifest.world_size):
+            own = reader.private(rank, f"ranks/{rank:05d}/")
+            found.update({f"{rank}/{key}": tensor for key, tensor in own.items() if "rng" in key})
     return manifest, found
 
 
@@ -230,17 +233,11 @@ def test_damage_is_quarantined_and_the_older_checkpoint_serves(tmp_path):
 
 
 def flip_in_tensor(shard, folder):
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    index = int(shard.name.split("-")[1])
-    box = next(
-        box
-        for name, t in manifest["tensors"].items()
-        if not name.startswith("ranks/")
-        for box in t["boxes"]
-        if box["shard"] == index
-    )
+    file = ShardFile.open(folder, read_manifest(folder), int(shard.name.split("-")[1]))
+    entry = next(entry for entry in file.index.entries if not entry.name.startswith("ranks/"))
+    file.close()
     data = bytearray(shard.read_bytes())
-    data[box["offset"] + box["length"] // 2] ^= 1
+    data[entry.runs[0].offset + entry.length // 2] ^= 1
     shard.write_bytes(data)
 
 
@@ -315,7 +312,7 @@ def test_an_attempt_that_died_before_its_commit_is_finished_by_the_next(tmp_path
 
 
 def dying_before_commit(steps):
-    from hpc_resume.checkpoint.commit import Staging
+    from hpc_resume.checkpoint.staging import Staging
 
     def die(self, step):
         os.kill(os.getpid(), signal.SIGKILL)  # all receipts are there: this rank was the last

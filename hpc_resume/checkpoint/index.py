@@ -1,0 +1,223 @@
+"""The index of a shard: which boxes it holds, where their bytes lie, and the checksum of every block.
+
+It lies in the shard itself, as the datasets ``index`` (JSON) and ``checksums`` (xxh3-64 of each block, in the
+order of the index), and the manifest holds one digest over both. Bytes that have not changed since an earlier
+checkpoint are not in the shard: the index then says in which file of that checkpoint they are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from hpc_resume.checkpoint.blocks import BLOCK_BYTES, block_edges
+from hpc_resume.checkpoint.boxes import Box
+from hpc_resume.checkpoint.dtypes import item_bytes
+from hpc_resume.checkpoint.structure import integers, string
+from hpc_resume.errors import IntegrityError
+from hpc_resume.rundir import is_checkpoint_name
+
+SHARD_FILE = re.compile(r"rank-\d{5,9}-of-\d{5,9}(?:\.by-\d{5,9})?\.h5")
+#: Bytes of a checksum in the table.
+CHECKSUM_BYTES = 8
+
+
+def shard_file(rank: int, world_size: int, *, by: int | None = None) -> str:
+    """File name of one rank's shard; ``by`` is the rank that wrote it in its stead."""
+    substitute = "" if by is None else f".by-{by:05d}"
+    return f"rank-{rank:05d}-of-{world_size:05d}{substitute}.h5"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A stretch of bytes of a box: in which file, and where.
+
+    Parameters
+    ----------
+    file
+        0 for the shard itself, else a place in the index's files, counting from 1.
+    offset, length
+        Bytes.
+    """
+
+    file: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stored box.
+
+    Parameters
+    ----------
+    name, dtype, shape
+        The tensor: components joined by ``/``, element type, shape of the whole.
+    box
+        Which part of it.
+    runs
+        Where its bytes are, end to end: elements in C order, little-endian.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    box: Box
+    runs: tuple[Run, ...]
+
+    @property
+    def length(self) -> int:
+        """Bytes of the box."""
+        return self.box.volume * item_bytes(self.dtype)
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Byte positions in the box at which blocks begin, and its length."""
+        return block_edges(self.shape, self.box, item_bytes(self.dtype))
+
+
+class Index:
+    """The boxes of one shard.
+
+    Parameters
+    ----------
+    entries
+        In the order of the checksums.
+    checksums
+        The table's bytes.
+    files
+        Checkpoint and file name of each earlier shard that runs refer to.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], checksums: bytes, files: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        self.entries = tuple(entries)
+        self.files = tuple(files)
+        self.checksums = checksums
+        self.table = memoryview(checksums).cast("Q")
+        self.first_block: list[int] = []
+        self._find: dict[tuple[str, tuple[int, ...]], int] = {}
+        block = 0
+        for number, entry in enumerate(self.entries):
+            self.first_block.append(block)
+            self._find[entry.name, entry.box.start] = number
+            block += len(entry.edges) - 1
+        if block != len(self.table) or len(self._find) != len(self.entries):
+            raise IntegrityError(
+                f"{len(self.table)} checksums for {block} blocks, or a box that stands twice"
+            )
+
+    def find(self, name: str, box: Box) -> int:
+        """Place of a stored box in the index.
+
+        Raises
+        ------
+        IntegrityError
+            If it is not there.
+        """
+        number = self._find.get((name, box.start))
+        if number is None or self.entries[number].box != box:
+            raise IntegrityError(
+                f"{name}: the box at {list(box.start)} of {list(box.size)} is not in its index"
+            )
+        return number
+
+    def own_extents(self) -> Iterator[tuple[int, int]]:
+        """Offset and length of all bytes that this shard holds of its boxes, in any order."""
+        for entry in self.entries:
+            for run in entry.runs:
+                if run.file == 0:
+                    yield run.offset, run.length
+
+
+def encode_index(entries: Sequence[Entry], files: Sequence[tuple[str, str]] = ()) -> bytes:
+    """Write an index, without its checksums, as JSON."""
+    rows = [
+        [
+            entry.name,
+            entry.dtype,
+            entry.shape,
+            entry.box.start,
+            entry.box.size,
+            [(run.file, run.offset, run.length) for run in entry.runs],
+        ]
+        for entry in entries
+    ]
+    return json.dumps({"files": list(files), "pieces": rows}, separators=(",", ":")).encode()
+
+
+def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
+    """Read an index, and check it against itself and against the size of its file.
+
+    Parameters
+    ----------
+    data, checksums
+        Contents of the two datasets.
+    size_bytes
+        Of the shard.
+
+    Raises
+    ------
+    IntegrityError
+        If it is damaged, or says what can't be.
+    """
+    try:
+        record = json.loads(data)
+        files = [(_checkpoint(checkpoint), _file(file)) for checkpoint, file in record["files"]]
+        entries = []
+        for name, dtype, shape, start, size, runs in record["pieces"]:
+            entry = Entry(
+                string(name),
+                string(dtype),
+                integers(shape),
+                Box(integers(start), integers(size)),
+                tuple([Run(*integers(run)) for run in runs]),
+            )
+            _check(entry, len(files), size_bytes, len(checksums) // CHECKSUM_BYTES)
+            entries.append(entry)
+        if len(checksums) % CHECKSUM_BYTES:
+            raise IntegrityError("its checksums are cut off")
+        return Index(entries, checksums, files)
+    except IntegrityError:
+        raise
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError, MemoryError) as error:
+        raise IntegrityError(f"its index is damaged ({type(error).__name__}: {error!s:.200})") from error
+
+
+def _check(entry: Entry, files: int, size_bytes: int, blocks: int) -> None:
+    total = 0
+    if entry.length // BLOCK_BYTES > blocks:  # before its blocks are counted one by one
+        raise IntegrityError(f"{entry.name!r:.100}: {entry.length} bytes, but {blocks} checksums in all")
+    for run in entry.runs:
+        if run.offset < 0 or run.length <= 0 or not 0 <= run.file <= files:
+            raise IntegrityError(f"{entry.name!r:.100}: {run}")
+        if run.file == 0 and run.offset + run.length > size_bytes:
+            raise IntegrityError(f"{entry.name!r:.100}: a box ends after its shard does")
+        total += run.length
+    if not entry.box.within(entry.shape) or total != entry.length:
+        raise IntegrityError(f"{entry.name!r:.100}: {total} bytes for a box of {entry.length}")
+
+
+def _checkpoint(name: Any) -> str:
+    if not isinstance(name, str) or not is_checkpoint_name(name):
+        raise IntegrityError(f"{name!r:.100} is no name of a checkpoint")
+    return name
+
+
+def _file(name: Any) -> str:
+    if not isinstance(name, str) or not SHARD_FILE.fullmatch(name):
+        raise IntegrityError(f"{name!r:.100} is no name of a shard")
+    return name
+
+
+def index_digest(data: bytes, checksums: bytes) -> str:
+    """32 hex digits of xxh3-128 over an index and its checksums; the manifest holds it."""
+    digest = xxhash.xxh3_128(data)
+    digest.update(checksums)
+    return digest.hexdigest()

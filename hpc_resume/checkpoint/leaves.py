@@ -1,0 +1,86 @@
+"""From a nested state to typed JSON and named tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from hpc_resume.checkpoint import dtypes, objects
+from hpc_resume.errors import StateError
+
+
+def flatten(key: str, state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Take the tensors out of a state.
+
+    A tensor that stands in it more than once (tied weights) is taken once, under the name that comes first.
+
+    Parameters
+    ----------
+    key
+        Under which the state is tracked: the first component of every name.
+    state
+        Nested dicts and lists.
+
+    Returns
+    -------
+    (Any, dict)
+        Typed JSON, and the tensors by name.
+
+    Raises
+    ------
+    StateError
+        If something in it can't be stored; the message names its path.
+    """
+    leaves: dict[str, torch.Tensor] = {}
+    names: set[str] = set()
+    memory: dict[Any, str] = {}
+
+    def name_tensor(value: Any, path: tuple[str, ...]) -> dict[str, Any] | None:
+        if isinstance(value, torch.Tensor):
+            tag, tensor = "$tensor", value
+        elif isinstance(value, np.ndarray):
+            if value.dtype.hasobject or value.dtype.kind not in "biufc":
+                return None
+            tag, tensor = "$ndarray", torch.from_numpy(np.ascontiguousarray(value))
+        else:
+            return None
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise StateError(f"{'/'.join(path)}: a tensor of layout {tensor.layout} can't be stored")
+        if tensor.is_meta:
+            raise StateError(f"{'/'.join(path)}: a tensor on the meta device has no values to store")
+        dtypes.name_of(tensor.dtype)
+        name = "/".join(map(escape, path))
+        if name in names:
+            raise StateError(f"{name}: two entries of the state have this name")
+        names.add(name)
+        if tag == "$tensor" and (where := _memory_of(tensor)) is not None:
+            first = memory.setdefault(where, name)
+            if first is not name:
+                return {objects.SAME_TAG: [name, first]}
+        leaves[name] = tensor
+        return {tag: name}
+
+    return objects.encode(state, (key,), name_tensor), leaves
+
+
+def _memory_of(tensor: torch.Tensor) -> Any:
+    """Tell what two tensors share that are one; None if it has no memory."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not local.numel():
+        return None
+    spread = tensor.placements if isinstance(tensor, DTensor) else None
+    return local.data_ptr(), local.dtype, local.shape, local.stride(), local.device, tensor.shape, spread
+
+
+def escape(component: str) -> str:
+    """Make one component of a name that HDF5 takes as a link's name."""
+    escaped = component.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
+    return "%2E" if escaped == "." else escaped or "%"
+
+
+def leaf(tag: str, tensor: torch.Tensor) -> Any:
+    """Give a tensor back as what it was."""
+    return tensor.numpy() if tag == "$ndarray" else tensor

@@ -1,0 +1,92 @@
+"""From a DTensor to a layout: what its mesh and placements say, as plain numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from hpc_resume.checkpoint.layout import Layout
+from hpc_resume.errors import StateError
+
+
+def layout_of(name: str, tensor: DTensor, rank: int) -> Layout:
+    """Say how a DTensor is spread over ranks.
+
+    ``_StridedShard`` (FSDP2 over tensor parallelism) means that its mesh dimension splits after the later ones
+    that split the same tensor dimension into ``split_factor`` parts.
+
+    Parameters
+    ----------
+    name
+        For messages.
+    tensor
+        The tensor.
+    rank
+        This process, to check the result with what it holds.
+
+    Raises
+    ------
+    StateError
+        If it can't be stored: sums that are not finished, or a placement that is unknown or not contiguous.
+    """
+    mesh = tensor.device_mesh
+    extents = tuple(mesh.mesh.shape)
+    layout = Layout(extents, _ranks(mesh.mesh), _splits(name, tensor, extents))
+    group = layout.group_of(rank)
+    if group is None:
+        raise StateError(
+            f"{name}: rank {rank} has no part in its mesh of ranks {list(layout.ranks)[:8]}; track it only there"
+        )
+    box, local = layout.box(tensor.shape, group), tensor.to_local()
+    if box.size != tuple(local.shape):
+        raise StateError(
+            f"{name}: rank {rank} holds {list(local.shape)} of {list(tensor.shape)}, but {tensor.placements} over a "
+            f"mesh of {list(extents)} means {list(box.size)}: this kind of sharding can't be stored"
+        )
+    return layout
+
+
+def _splits(name: str, tensor: DTensor, extents: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    order: list[tuple[int, int]] = []
+    strided: list[tuple[int, int, int]] = []
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            continue
+        if isinstance(placement, Partial):
+            raise StateError(
+                f"{name}: its parts are still to be summed ({placement}); redistribute it before saving"
+            )
+        factor = getattr(placement, "split_factor", None)
+        if factor is not None:
+            strided.append((mesh_dim, placement.dim, int(factor)))  # type: ignore[attr-defined]
+        elif isinstance(placement, Shard):
+            order.append((mesh_dim, placement.dim))
+        else:
+            raise StateError(f"{name}: tensors placed by {placement} can't be stored")
+    # The rightmost first: each one splits what the dimensions to its right have left.
+    for mesh_dim, dim, factor in reversed(strided):
+        product, place = 1, 0
+        for index, (other, other_dim) in enumerate(order):
+            if other_dim == dim and other > mesh_dim:
+                product *= extents[other]
+                place = index + 1
+        if product != factor:
+            raise StateError(
+                f"{name}: {tensor.placements} over a mesh of {list(extents)} leaves each rank with pieces that do not "
+                "lie together; this kind of sharding can't be stored"
+            )
+        order.insert(place, (mesh_dim, dim))
+    return tuple(order)
+
+
+def _ranks(mesh: torch.Tensor) -> tuple[int, ...]:
+    return tuple(int(rank) for rank in mesh.flatten().tolist())
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a tensor, as plain values."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local.detach()
+    if local.is_conj() or local.is_neg():
+        return local.resolve_conj().resolve_neg()
+    return local

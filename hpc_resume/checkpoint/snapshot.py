@@ -1,0 +1,154 @@
+"""One rank's snapshot of a state: what it is going to write, live or copied into the staging area."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpc_resume.checkpoint.arena import Arena
+from hpc_resume.checkpoint.image import Image, Piece, full_image
+from hpc_resume.checkpoint.shard import Bytes
+from hpc_resume.checkpoint.structure import Structure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """One rank's part of a state, as live tensors.
+
+    Parameters
+    ----------
+    structure
+        Of the global state.
+    pieces
+        What this rank stores; the same object as long as the structure stays the same.
+    sources
+        The live tensor, or part of one, of each piece.
+    objects
+        The non-tensor state as typed JSON, by tracked key.
+    leaves
+        All live tensors by name.
+    """
+
+    structure: Structure
+    pieces: tuple[Piece, ...]
+    sources: tuple[torch.Tensor, ...]
+    objects: Any
+    leaves: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """One rank's part of a state, as bytes that do not change any more.
+
+    Parameters
+    ----------
+    structure, pieces, objects
+        As captured.
+    image
+        The shard that holds all pieces.
+    data
+        Bytes of each piece.
+    edges
+        Where the blocks of each piece begin.
+    arena
+        The staging area, if they lie in it; else they are the live tensors' own: write them before training
+        goes on.
+    """
+
+    structure: Structure
+    pieces: tuple[Piece, ...]
+    objects: Any
+    image: Image
+    data: tuple[Bytes, ...]
+    edges: tuple[tuple[int, ...], ...]
+    arena: Arena | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all pieces."""
+        return sum(map(len, self.data))
+
+
+class Camera:
+    """Takes snapshots; keeps the staging area and the file's image while the structure stays the same.
+
+    Parameters
+    ----------
+    threads
+        That copy.
+    limit_bytes
+        Host memory that the staging area may take; a state that needs more is written while training waits.
+    """
+
+    def __init__(self, *, threads: int = 2, limit_bytes: int | None = None) -> None:
+        self._threads = threads
+        self._limit_bytes = limit_bytes
+        self._pieces: tuple[Piece, ...] | None = None
+        self._image: Image | None = None
+        self._edges: tuple[tuple[int, ...], ...] = ()
+        self._arena: Arena | None = None
+
+    def take(self, captured: Captured, *, stage: bool) -> Snapshot:
+        """Take a snapshot.
+
+        Parameters
+        ----------
+        captured
+            The state.
+        stage
+            Copy it into the staging area, so that training can go on; the copy of the snapshot before is
+            overwritten. Not done where the area would take more memory than it may.
+        """
+        image = self._settle(captured.pieces)
+        if stage and self.may_stage(captured):
+            if self._arena is None:
+                pinned = any(source.device.type == "cuda" for source in captured.sources)
+                self._arena = Arena(image, captured.pieces, threads=self._threads, pinned=pinned)
+            self._arena.stage(captured.sources)
+            data, arena = self._arena.data, self._arena
+        else:
+            data, arena = tuple(bytes_of(source) for source in captured.sources), None
+        return Snapshot(
+            structure=captured.structure,
+            pieces=captured.pieces,
+            objects=captured.objects,
+            image=image,
+            data=data,
+            edges=self._edges,
+            arena=arena,
+        )
+
+    def may_stage(self, captured: Captured) -> bool:
+        """Whether the staging area for a state fits into the memory that it may take."""
+        return self._limit_bytes is None or self._settle(captured.pieces).size_bytes <= self._limit_bytes
+
+    def _settle(self, pieces: tuple[Piece, ...]) -> Image:
+        if self._image is None or self._pieces is not pieces:
+            self._image = full_image(pieces)
+            self._edges = tuple(piece.edges for piece in pieces)
+            self._pieces = pieces
+            self.close()
+        return self._image
+
+    def close(self) -> None:
+        """Give the staging area up."""
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+
+def bytes_of(tensor: torch.Tensor) -> Bytes:
+    """Bytes of a tensor in C order: its own memory where it is contiguous on the CPU, else a copy."""
+    flat: Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def pieces_of(structure: Structure, rank: int) -> tuple[Piece, ...]:
+    """List what a rank stores of a state."""
+    tensors = structure.tensors
+    return tuple(
+        Piece(name, tensors[name].dtype, tensors[name].shape, box) for name, box in structure.stored_by(rank)
+    )
