@@ -9,6 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hpc_resume.errors import IntegrityError
+from hpc_resume.untrusted import read_regular
+
+#: A longer journal is none; one event takes some hundred bytes.
+_LONGEST_BYTES = 1 << 30
+
 
 class Journal:
     """Appends events to ``events.jsonl``; one process writes it, anyone reads it.
@@ -66,16 +72,23 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     list of dict
         The events in order. A line that is no JSON object (the torn last line of a killed process) is left
         out.
+
+    Raises
+    ------
+    IntegrityError
+        If it can't be read, or is no file.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path, longest_bytes=_LONGEST_BYTES).splitlines()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise IntegrityError(f"{path}: can't be read ({error.strerror})") from error
     events = []
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             events.append(record)

@@ -15,9 +15,15 @@ from hpc_resume.checkpoint.shardfile import ShardFile
 from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.journal import read_events
 from hpc_resume.rundir import RunDirectory
+from hpc_resume.untrusted import check_nesting, parse_json, read_regular
 
 #: Read and hashed at a time.
 _READ_BYTES = 1 << 20
+#: Boxes that are promised and missing are told one by one up to this many a shard.
+_TELL = 8
+#: Longest attempt.json, journal.
+_LONGEST_RECORD_BYTES = 1 << 24
+_LONGEST_JOURNAL_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +84,7 @@ def verify_run(root: Path, *, threads: int = 2, progress: Progress | None = None
     if not run.checkpoints.is_dir():
         return [*findings, Finding(path=run.checkpoints, problem="is gone")]
     whole: list[tuple[Path, Manifest]] = []
-    for name in sorted(os.listdir(run.checkpoints)):  # noqa: PTH208 - names are all that is needed
+    for name in _names(run.checkpoints, findings):
         folder = run.checkpoints / name
         try:
             manifest = read_manifest(folder)
@@ -117,16 +123,19 @@ def _verify_shards(
         folder, manifest, rank = job
         return _verify_shard(folder, manifest, rank, count)
 
-    findings = []
+    findings: list[Finding] = []
     for folder, manifest in checkpoints:
         expected = {MANIFEST, *(shard.file for shard in manifest.shards)}
         findings += [
             Finding(path=folder / name, problem="does not belong to the checkpoint")
-            for name in sorted(set(os.listdir(folder)) - expected)  # noqa: PTH208 - as above
+            for name in _names(folder, findings)
+            if name not in expected
         ]
     with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="hpc-resume-verify") as pool:
         for found in pool.map(work, jobs):
             findings += found
+    if progress is not None:
+        progress(total, total)
     return findings
 
 
@@ -136,11 +145,6 @@ def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[
     path = folder / recorded.file
     findings: list[Finding] = []
     try:
-        size_bytes = path.lstat().st_size
-        if size_bytes != recorded.size_bytes:
-            findings.append(
-                Finding(path=path, problem=f"{size_bytes} bytes, but {recorded.size_bytes} were written")
-            )
         file = ShardFile.open(folder, manifest, rank)
     except (OSError, IntegrityError) as error:
         return [*findings, Finding(path=path, problem=_bare(error, path))]
@@ -165,10 +169,18 @@ def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[
 
 def _promised(file: ShardFile, manifest: Manifest, rank: int) -> Iterator[Finding]:
     """Find boxes that a shard must hold by the manifest and does not."""
+    told = 0
     for name, box in manifest.structure.stored_by(rank):
+        record = manifest.structure.tensors[name]
         try:
-            file.index.find(name, box)
+            entry = file.index.entries[file.index.find(name, box)]
+            if (entry.dtype, entry.shape) != (record.dtype, record.shape):
+                raise IntegrityError(f"{name}: is another tensor in its index")
         except IntegrityError as error:
+            told += 1
+            if told > _TELL:
+                yield Finding(path=file.path, problem="and more boxes are not in its index")
+                return
             yield Finding(path=file.path, problem=str(error))
 
 
@@ -194,16 +206,35 @@ def _journals(run: RunDirectory) -> Iterator[Finding]:
         record = run.attempt(attempt) / "attempt.json"
         journal = run.attempt(attempt) / "events.jsonl"
         try:
-            if record.exists() and not isinstance(json.loads(record.read_bytes()), dict):
+            written = parse_json(read_regular(record, longest_bytes=_LONGEST_RECORD_BYTES))
+            check_nesting(written, 16)
+            if not isinstance(written, dict):
                 yield Finding(path=record, problem="damaged (no JSON object)")
-        except ValueError as error:
+        except FileNotFoundError:
+            pass  # its first rank died before it could write it
+        except (OSError, ValueError) as error:
             yield Finding(path=record, problem=f"damaged ({error})")
-        whole_lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+        try:
+            whole_lines = read_regular(journal, longest_bytes=_LONGEST_JOURNAL_BYTES).split(b"\n")[:-1]
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            yield Finding(path=journal, problem=f"can't be read ({error.strerror})")
+            continue
         for number, line in enumerate(whole_lines, 1):
             try:
                 json.loads(line)
-            except ValueError as error:
-                yield Finding(path=journal, problem=f"line {number} is damaged ({error})")
+            except (ValueError, RecursionError) as error:
+                yield Finding(path=journal, problem=f"line {number} is damaged ({error!s:.200})")
+
+
+def _names(folder: Path, findings: list[Finding]) -> list[str]:
+    """Names in a folder, sorted; none, and a finding, if it can't be listed."""
+    try:
+        return sorted(os.listdir(folder))  # noqa: PTH208 - names are all that is needed
+    except OSError as error:
+        findings.append(Finding(path=folder, problem=f"can't be listed ({error.strerror})"))
+        return []
 
 
 def _missing(run: RunDirectory) -> Iterator[Finding]:
@@ -216,7 +247,11 @@ def _missing(run: RunDirectory) -> Iterator[Finding]:
         {path.name.split(".")[0] for path in run.quarantine.glob("*-*")} if run.quarantine.is_dir() else set()
     )
     for attempt in run.attempt_numbers():
-        for event in read_events(run.attempt(attempt) / "events.jsonl"):
+        try:
+            events = read_events(run.attempt(attempt) / "events.jsonl")
+        except IntegrityError:
+            continue  # told already
+        for event in events:
             name = event.get("checkpoint")
             if event.get("event") == "saved" and isinstance(name, str) and name not in known | aside:
                 yield Finding(path=run.checkpoints / name, problem="was committed, and is gone")
