@@ -1,7 +1,7 @@
-"""The index of a shard: which boxes it holds, where their bytes lie, and the checksum of every block.
+"""The index of a shard: which boxes it holds, where their bytes lie, and a checksum of every block and segment.
 
-It lies in the shard itself, as the datasets ``index`` (JSON) and ``checksums`` (xxh3-64 of each block, in the
-order of the index), and the manifest holds one digest over both. Bytes that have not changed since an earlier
+It lies in the shard itself, as the datasets ``index`` (JSON) and ``checksums`` (xxh3-64 of each box's blocks, then of its
+segments, in the order of the index), and the manifest holds one digest over both. Bytes that have not changed since an earlier
 checkpoint are not in the shard: the index then says in which file of that checkpoint they are.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from hpc_resume.checkpoint.blocks import BLOCK_BYTES, block_edges
+from hpc_resume.checkpoint.blocks import BLOCK_BYTES, Partitions, count_checksums, partitions
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
 from hpc_resume.checkpoint.structure import integers, string
@@ -76,9 +76,9 @@ class Entry:
         return self.box.volume * item_bytes(self.dtype)
 
     @property
-    def edges(self) -> tuple[int, ...]:
-        """Byte positions in the box at which blocks begin, and its length."""
-        return block_edges(self.shape, self.box, item_bytes(self.dtype))
+    def cut(self) -> Partitions:
+        """Its blocks and segments."""
+        return partitions(self.shape, self.box, item_bytes(self.dtype))
 
 
 class Index:
@@ -101,16 +101,16 @@ class Index:
         self.files = tuple(files)
         self.checksums = checksums
         self.table = memoryview(checksums).cast("Q")
-        self.first_block: list[int] = []
+        self.first_checksum: list[int] = []
         self._find: dict[tuple[str, tuple[int, ...]], int] = {}
-        block = 0
+        place = 0
         for number, entry in enumerate(self.entries):
-            self.first_block.append(block)
+            self.first_checksum.append(place)
             self._find[entry.name, entry.box.start] = number
-            block += len(entry.edges) - 1
-        if block != len(self.table) or len(self._find) != len(self.entries):
+            place += count_checksums(entry.cut)
+        if place != len(self.table) or len(self._find) != len(self.entries):
             raise IntegrityError(
-                f"{len(self.table)} checksums for {block} blocks, or a box that stands twice"
+                f"{len(self.table)} checksums instead of {place}, or a box that stands twice"
             )
 
     def find(self, name: str, box: Box) -> int:

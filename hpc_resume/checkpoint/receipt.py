@@ -109,7 +109,21 @@ class Receipt:
             If it is damaged.
         """
         try:
-            record = json.loads(path.read_bytes())
+            return cls.parse(path.read_bytes())
+        except IntegrityError as error:
+            raise IntegrityError(f"{path}: {error}") from error
+
+    @classmethod
+    def parse(cls, data: bytes) -> Receipt:
+        """From JSON; see :meth:`to_bytes`.
+
+        Raises
+        ------
+        IntegrityError
+            If it is damaged.
+        """
+        try:
+            record = json.loads(data)
             header = Header(**{name: record[name] for name in Header.__dataclass_fields__})
             structure = record["structure"]
             return cls(
@@ -129,9 +143,7 @@ class Receipt:
                 write_s=float(record["write_s"]),
             )
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError, IntegrityError) as error:
-            raise IntegrityError(
-                f"{path}: damaged receipt ({type(error).__name__}: {error!s:.200})"
-            ) from error
+            raise IntegrityError(f"damaged receipt ({type(error).__name__}: {error!s:.200})") from error
 
 
 def objects_digest(objects: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hpc_resume.checkpoint.arena import Arena
+from hpc_resume.checkpoint.blocks import Partitions
 from hpc_resume.checkpoint.image import Image, Piece, full_image
 from hpc_resume.checkpoint.shard import Bytes
 from hpc_resume.checkpoint.structure import Structure
@@ -51,8 +52,8 @@ class Snapshot:
         The shard that holds all pieces.
     data
         Bytes of each piece.
-    edges
-        Where the blocks of each piece begin.
+    cuts
+        The blocks and segments of each piece.
     arena
         The staging area, if they lie in it; else they are the live tensors' own: write them before training
         goes on.
@@ -63,7 +64,7 @@ class Snapshot:
     objects: Any
     image: Image
     data: tuple[Bytes, ...]
-    edges: tuple[tuple[int, ...], ...]
+    cuts: tuple[Partitions, ...]
     arena: Arena | None = None
 
     @property
@@ -88,7 +89,7 @@ class Camera:
         self._limit_bytes = limit_bytes
         self._pieces: tuple[Piece, ...] | None = None
         self._image: Image | None = None
-        self._edges: tuple[tuple[int, ...], ...] = ()
+        self._cuts: tuple[Partitions, ...] = ()
         self._arena: Arena | None = None
 
     def take(self, captured: Captured, *, stage: bool) -> Snapshot:
@@ -117,7 +118,7 @@ class Camera:
             objects=captured.objects,
             image=image,
             data=data,
-            edges=self._edges,
+            cuts=self._cuts,
             arena=arena,
         )
 
@@ -128,7 +129,7 @@ class Camera:
     def _settle(self, pieces: tuple[Piece, ...]) -> Image:
         if self._image is None or self._pieces is not pieces:
             self._image = full_image(pieces)
-            self._edges = tuple(piece.edges for piece in pieces)
+            self._cuts = tuple(piece.cut for piece in pieces)
             self._pieces = pieces
             self.close()
         return self._image

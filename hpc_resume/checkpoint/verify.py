@@ -10,14 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_resume.checkpoint.blocks import checks
 from hpc_resume.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from hpc_resume.checkpoint.shardfile import ShardFile
 from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.journal import read_events
 from hpc_resume.rundir import RunDirectory
-
-#: Read and hashed at a time.
-_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,9 +145,9 @@ def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[
     try:
         for number, entry in enumerate(file.index.entries):
             try:
-                for first, last, length in _batches(entry.edges):
-                    file.read_blocks(number, first, last, memoryview(bytearray(length)))
-                    count(length)
+                for check in checks(entry.cut, 0, entry.length):
+                    file.read_checked(number, [check], memoryview(bytearray(check[1] - check[0])))
+                    count(check[1] - check[0])
             except IntegrityError as error:
                 findings.append(Finding(path=path, problem=_bare(error, path)))
         if not findings and file.rest_checksum() != recorded.rest:
@@ -170,17 +168,6 @@ def _promised(file: ShardFile, manifest: Manifest, rank: int) -> Iterator[Findin
             file.index.find(name, box)
         except IntegrityError as error:
             yield Finding(path=file.path, problem=str(error))
-
-
-def _batches(edges: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Cut the blocks of a box into batches of about :data:`_READ_BYTES`."""
-    first = 0
-    while first < len(edges) - 1:
-        last = first + 1
-        while last < len(edges) - 1 and edges[last + 1] - edges[first] <= _READ_BYTES:
-            last += 1
-        yield first, last, edges[last] - edges[first]
-        first = last
 
 
 def _bare(error: Exception, path: Path) -> str:
