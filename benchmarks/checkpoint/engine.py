@@ -59,6 +59,14 @@ class Ours:
         self.step = 0
         self.written_bytes = 0
 
+    @classmethod
+    def opened(cls, folder: Path, *, threads: int) -> Ours:
+        """Open a folder of checkpoints to read them."""
+        engine = cls.__new__(cls)
+        engine.run = RunDirectory(folder)
+        engine._threads = threads  # noqa: SLF001 - our own
+        return engine
+
     def snapshot(self, *, stage: bool) -> Snapshot:
         """Capture the state; with ``stage`` this is all that stops training."""
         return self._camera.take(self._tracked.capture({}), stage=stage)

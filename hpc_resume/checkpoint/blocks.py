@@ -39,7 +39,7 @@ Edges = tuple[int, ...]
 Partitions = tuple[Edges, ...]
 
 
-def partitions(shape: Sequence[int], box: Box, item_bytes: int) -> Partitions:
+def partitions(shape: Sequence[int], box: Box, length: int) -> Partitions:
     """Cut a stored box into blocks and segments.
 
     Parameters
@@ -48,15 +48,14 @@ def partitions(shape: Sequence[int], box: Box, item_bytes: int) -> Partitions:
         Of the whole tensor.
     box
         The stored box; its bytes are in C order.
-    item_bytes
-        Bytes of an element.
+    length
+        Bytes of it.
 
     Returns
     -------
     tuple of tuple of int
         The checksums of a box are those of its blocks, then those of its segments.
     """
-    length = box.volume * item_bytes
     if length <= SINGLE_BLOCK_BYTES:
         return ((0, length),) if length else ((0,),)
     return _cut(shape[0], box.start[0], box.size[0], length)

@@ -54,7 +54,7 @@ class Piece:
     @property
     def cut(self) -> Partitions:
         """Its blocks and segments."""
-        return partitions(self.shape, self.box, item_bytes(self.dtype))
+        return partitions(self.shape, self.box, self.length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
 
-from hpc_resume.checkpoint.blocks import BLOCK_BYTES, Partitions, count_checksums, partitions
+from hpc_resume.checkpoint.blocks import BLOCK_BYTES, SINGLE_BLOCK_BYTES, Partitions, count_checksums, partitions
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
 from hpc_resume.checkpoint.structure import integers, string
@@ -62,6 +62,8 @@ class Entry:
         Which part of it.
     runs
         Where its bytes are, end to end: elements in C order, little-endian.
+    length
+        Bytes of the box.
     """
 
     name: str
@@ -69,16 +71,15 @@ class Entry:
     shape: tuple[int, ...]
     box: Box
     runs: tuple[Run, ...]
+    length: int = field(init=False, compare=False)
 
-    @property
-    def length(self) -> int:
-        """Bytes of the box."""
-        return self.box.volume * item_bytes(self.dtype)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "length", self.box.volume * item_bytes(self.dtype))
 
     @property
     def cut(self) -> Partitions:
         """Its blocks and segments."""
-        return partitions(self.shape, self.box, item_bytes(self.dtype))
+        return partitions(self.shape, self.box, self.length)
 
 
 class Index:
@@ -107,7 +108,7 @@ class Index:
         for number, entry in enumerate(self.entries):
             self.first_checksum.append(place)
             self._find[entry.name, entry.box.start] = number
-            place += count_checksums(entry.cut)
+            place += 1 if entry.length <= SINGLE_BLOCK_BYTES else count_checksums(entry.cut)
         if place != len(self.table) or len(self._find) != len(self.entries):
             raise IntegrityError(
                 f"{len(self.table)} checksums instead of {place}, or a box that stands twice"

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.index import CHECKSUM_BYTES, SHARD_FILE, shard_file
 from hpc_resume.checkpoint.structure import Structure, TensorRecord, integer, integers, string
 from hpc_resume.errors import IntegrityError
@@ -300,6 +301,7 @@ class Manifest:
         )
 
 
+@paused_collector()
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a committed checkpoint.
 

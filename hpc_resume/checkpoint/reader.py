@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hpc_resume.checkpoint import dtypes
 from hpc_resume.checkpoint.blocks import SEGMENT_BYTES, SINGLE_BLOCK_BYTES, checks
 from hpc_resume.checkpoint.boxes import Box
+from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.index import Entry
 from hpc_resume.checkpoint.manifest import Manifest
 from hpc_resume.checkpoint.shardfile import Check, ShardFile
@@ -96,6 +97,7 @@ class CheckpointReader:
         """Fill ``out`` with a box of a tensor; see :meth:`read_all`."""
         self.read_all([Wanted(name, box, out)])
 
+    @paused_collector()
     def read_all(self, wanted: Iterable[Wanted]) -> None:
         """Fill tensors with boxes.
 
@@ -163,7 +165,7 @@ class CheckpointReader:
 
     def _parts(self, wanted: Wanted) -> Iterator[tuple[int, _Part]]:
         record = self.manifest.structure.tensors[wanted.name]
-        if not wanted.box.within(record.shape):
+        if wanted.box.size != record.shape and not wanted.box.within(record.shape):
             raise ValueError(f"{wanted.name}: {wanted.box} is not within {record.shape}")
         for rank, box in self.manifest.structure.parts(wanted.name, wanted.box):
             file = self._open(rank)
@@ -202,7 +204,8 @@ class CheckpointReader:
             file.verify(part.number, data[low : low + part.entry.length])
             source = _as(raw, low, part.entry, part.entry.box.size)
             targets.append(part.out)
-            sources.append(source[part.part.slices_in(part.entry.box)])
+            whole = part.part is part.entry.box or part.part == part.entry.box
+            sources.append(source if whole else source[part.part.slices_in(part.entry.box)])
         with torch.no_grad():
             torch._foreach_copy_(targets, sources)
         return end - begin

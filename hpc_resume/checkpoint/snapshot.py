@@ -73,6 +73,10 @@ class Snapshot:
         return sum(map(len, self.data))
 
 
+#: A state up to this size is always staged.
+_ALWAYS_STAGED_BYTES = 64 << 20
+
+
 class Camera:
     """Takes snapshots; keeps the staging area and the file's image while the structure stays the same.
 
@@ -101,10 +105,11 @@ class Camera:
             The state.
         stage
             Copy it into the staging area, so that training can go on; the copy of the snapshot before is
-            overwritten. Not done where the area would take more memory than it may.
+            overwritten. Not done where the area would take more memory than it may; done anyway for a small
+            state, whose many tensors are copied faster than they are looked at one by one.
         """
         image = self._settle(captured.pieces)
-        if stage and self.may_stage(captured):
+        if (stage or image.size_bytes <= _ALWAYS_STAGED_BYTES) and self.may_stage(captured):
             if self._arena is None:
                 pinned = any(source.device.type == "cuda" for source in captured.sources)
                 self._arena = Arena(image, captured.pieces, threads=self._threads, pinned=pinned)

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpc_resume.checkpoint import dtypes, objects
 from hpc_resume.checkpoint.boxes import Box
+from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.fit import key_problems, shape_problems, target_for
 from hpc_resume.checkpoint.image import Piece
 from hpc_resume.checkpoint.layout import Layout
@@ -126,6 +127,7 @@ class TrackedState:
 
     # ---------------------------------------------------------------- capture
 
+    @paused_collector()
     def capture(self, private: Mapping[str, torch.Tensor], keys: Iterable[str] | None = None) -> Captured:
         """Take this rank's part of the state.
 
@@ -253,6 +255,7 @@ class TrackedState:
 
     # ---------------------------------------------------------------- restore
 
+    @paused_collector()
     def restore(self, reader: CheckpointReader) -> None:
         """Load a checkpoint into the tracked objects.
 

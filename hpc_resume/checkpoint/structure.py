@@ -129,6 +129,10 @@ class Structure:
     def parts(self, name: str, want: Box) -> Iterator[tuple[int, Box]]:
         """Give the stored boxes that share elements with a box, each with the rank that stores it."""
         record = self.tensors[name]
+        if record.layout is not None and len(record.layout.ranks) == 1:
+            if want.volume:  # stored whole, in one piece: nothing to search
+                yield record.layout.ranks[0], Box.whole(record.shape)
+            return
         if record.layout is None:
             for owner, box in record.pieces:
                 if box.intersect(want) is not None:
@@ -246,9 +250,11 @@ def integer(value: Any) -> int:
 
 def integers(values: Any) -> tuple[int, ...]:
     """Return a list of 64-bit integers as a tuple; see :func:`integer`."""
-    if not isinstance(values, list):
+    if type(values) is not list:
         raise TypeError(f"{values!r:.40} is no list")
-    return tuple(integer(value) for value in values)
+    if values and (set(map(type, values)) != {int} or max(values) >= 1 << 63 or min(values) <= -1 << 63):
+        raise TypeError(f"{values!r:.40} are no 64-bit integers")
+    return tuple(values)
 
 
 def string(value: Any) -> str:
