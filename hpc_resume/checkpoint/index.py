@@ -15,7 +15,13 @@ from typing import Any
 
 import xxhash
 
-from hpc_resume.checkpoint.blocks import BLOCK_BYTES, SINGLE_BLOCK_BYTES, Partitions, count_checksums, partitions
+from hpc_resume.checkpoint.blocks import (
+    BLOCK_BYTES,
+    SINGLE_BLOCK_BYTES,
+    Partitions,
+    count_checksums,
+    partitions,
+)
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
 from hpc_resume.checkpoint.structure import integers, string

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from hpc_resume.checkpoint.blocks import Partitions
+from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.image import ALIGN_BYTES, Image
 from hpc_resume.checkpoint.index import index_digest
 from hpc_resume.files import DISK, Filesystem
@@ -175,7 +176,8 @@ class ShardWriter:
     ) -> bytes:
         """Write all bytes; returns the table."""
         sums = None if table is not None else np.zeros(image.table[1] // 8, dtype=np.uint64)
-        contents = _Contents(image, data, cuts)
+        with paused_collector():
+            contents = _Contents(image, data, cuts)
         first, last = image.table[0], image.table[0] + image.table[1]
         chunks = [
             (begin, min(begin + CHUNK_BYTES, image.size_bytes))

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 from hpc_resume.checkpoint.changes import Base, Changes
-from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.commit import STAGING, finish_commit, read_receipts
 from hpc_resume.checkpoint.image import Image, Piece
 from hpc_resume.checkpoint.index import shard_file
@@ -78,7 +77,6 @@ class Staging:
         """Staging folder of one checkpoint."""
         return self._run.attempt(self._attempt) / STAGING / f"{step:010d}"
 
-    @paused_collector()
     def write(
         self, header: Header, snapshot: Snapshot, *, rank: int | None = None, only_changed: bool = False
     ) -> Receipt | None:

@@ -133,19 +133,20 @@ class Structure:
             if want.volume:  # stored whole, in one piece: nothing to search
                 yield record.layout.ranks[0], Box.whole(record.shape)
             return
+        for owner, box in self._shares_near(name, record, want):
+            if box.intersect(want) is not None:
+                for panel in _panels(record, box):
+                    if panel.intersect(want) is not None:
+                        yield owner, panel
+
+    def _shares_near(self, name: str, record: TensorRecord, want: Box) -> Iterator[tuple[int, Box]]:
+        """Who stores what of the boxes that share elements with ``want``."""
         if record.layout is None:
-            for owner, box in record.pieces:
-                if box.intersect(want) is not None:
-                    yield owner, box
+            yield from record.pieces
             return
         for group, held in record.layout.overlapping(record.shape, want):
             holders = record.layout.holders(group)
-            shares = self._replicas(holders)[name] if len(holders) > 1 else ((holders[0], held),)
-            for owner, box in shares:
-                if box.intersect(want) is not None:
-                    for panel in _panels(record, box):
-                        if panel.intersect(want) is not None:
-                            yield owner, panel
+            yield from self._replicas(holders)[name] if len(holders) > 1 else ((holders[0], held),)
 
     def _replicas(self, holders: tuple[int, ...]) -> dict[str, list[tuple[int, Box]]]:
         """Who stores what of all that these ranks hold together, by name."""
