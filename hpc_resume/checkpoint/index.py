@@ -1,7 +1,7 @@
-"""The index of a shard: which boxes it holds, where their bytes lie, and the checksum of every block.
+"""The index of a shard: which boxes it holds, where their bytes lie, and a checksum of every block and segment.
 
-It lies in the shard itself, as the datasets ``index`` (JSON) and ``checksums`` (xxh3-64 of each block, in the
-order of the index), and the manifest holds one digest over both. Bytes that have not changed since an earlier
+It lies in the shard itself, as the datasets ``index`` (JSON) and ``checksums`` (xxh3-64 of each box's blocks, then of its
+segments, in the order of the index), and the manifest holds one digest over both. Bytes that have not changed since an earlier
 checkpoint are not in the shard: the index then says in which file of that checkpoint they are.
 """
 
@@ -10,12 +10,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
 
-from hpc_resume.checkpoint.blocks import BLOCK_BYTES, block_edges
+from hpc_resume.checkpoint.blocks import (
+    BLOCK_BYTES,
+    SINGLE_BLOCK_BYTES,
+    Partitions,
+    count_checksums,
+    partitions,
+)
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
 from hpc_resume.checkpoint.structure import check_shape, integers, string
@@ -69,6 +75,8 @@ class Entry:
         Which part of it.
     runs
         Where its bytes are, end to end: elements in C order, little-endian.
+    length
+        Bytes of the box.
     """
 
     name: str
@@ -76,16 +84,15 @@ class Entry:
     shape: tuple[int, ...]
     box: Box
     runs: tuple[Run, ...]
+    length: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "length", self.box.volume * item_bytes(self.dtype))
 
     @property
-    def length(self) -> int:
-        """Bytes of the box."""
-        return self.box.volume * item_bytes(self.dtype)
-
-    @property
-    def edges(self) -> tuple[int, ...]:
-        """Byte positions in the box at which blocks begin, and its length."""
-        return block_edges(self.shape, self.box, item_bytes(self.dtype))
+    def cut(self) -> Partitions:
+        """Its blocks and segments."""
+        return partitions(self.shape, self.box, self.length)
 
 
 class Index:
@@ -110,19 +117,19 @@ class Index:
         self.reach: dict[int, tuple[int, int]] = {}
         self.checksums = checksums
         self.table = memoryview(checksums).cast("Q")
-        self.first_block: list[int] = []
+        self.first_checksum: list[int] = []
         self._find: dict[tuple[str, tuple[int, ...]], int] = {}
-        block = 0
+        place = 0
         for number, entry in enumerate(self.entries):
-            self.first_block.append(block)
+            self.first_checksum.append(place)
             self._find[entry.name, entry.box.start] = number
-            block += len(entry.edges) - 1
+            place += 1 if entry.length <= SINGLE_BLOCK_BYTES else count_checksums(entry.cut)
             for run in entry.runs:
                 end, total = self.reach.get(run.file, (0, 0))
                 self.reach[run.file] = max(end, run.offset + run.length), total + run.length
-        if block != len(self.table) or len(self._find) != len(self.entries):
+        if place != len(self.table) or len(self._find) != len(self.entries):
             raise IntegrityError(
-                f"{len(self.table)} checksums for {block} blocks, or a box that stands twice"
+                f"{len(self.table)} checksums instead of {place}, or a box that stands twice"
             )
 
     def find(self, name: str, box: Box) -> int:
@@ -226,7 +233,7 @@ def _check(entry: Entry, files: int, size_bytes: int, blocks: int) -> int:
     if total != entry.length:
         raise IntegrityError(f"{entry.name!r:.100}: {total} bytes for a box of {entry.length}")
     if len(entry.runs) > 1:
-        edges = set(entry.edges)
+        edges = set(entry.cut[0])
         position = 0
         for run in entry.runs:
             position += run.length

@@ -77,7 +77,7 @@ class Layout:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape has the dimensions that are split."""
-        return all(dim < len(shape) for _, dim in self.splits)
+        return not self.splits or all(dim < len(shape) for _, dim in self.splits)
 
     def group_of(self, rank: int) -> int | None:
         """Give the number of the box that a rank holds; None if it is not in the mesh."""

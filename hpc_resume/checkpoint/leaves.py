@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from hpc_resume.checkpoint import dtypes, objects
 from hpc_resume.errors import IntegrityError, StateError
+
+_SPECIAL = re.compile(r"[%/\0]|^\.$")
 
 
 def flatten(key: str, state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -87,8 +90,10 @@ def _memory_of(tensor: torch.Tensor) -> Any:
 
 def escape(component: str) -> str:
     """Make one component of a name that HDF5 takes as a link's name."""
+    if not _SPECIAL.search(component):
+        return component or "%"
     escaped = component.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
-    return "%2E" if escaped == "." else escaped or "%"
+    return "%2E" if escaped == "." else escaped
 
 
 def leaf(tag: str, tensor: torch.Tensor) -> Any:

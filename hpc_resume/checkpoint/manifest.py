@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.fields import listed, maybe_string, pair, shown, time_s
 from hpc_resume.checkpoint.index import CHECKSUM_BYTES, SHARD_FILE, shard_file
 from hpc_resume.checkpoint.structure import (
@@ -333,6 +334,7 @@ class Manifest:
         )
 
 
+@paused_collector()
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a committed checkpoint.
 

@@ -9,7 +9,7 @@ from hpc_resume.checkpoint.layout import Layout
 from hpc_resume.errors import StateError
 
 
-def layout_of(name: str, tensor: DTensor, rank: int) -> Layout:
+def layout_of(name: str, tensor: DTensor, rank: int, *, check: bool = True) -> Layout:
     """Say how a DTensor is spread over ranks.
 
     ``_StridedShard`` (FSDP2 over tensor parallelism) means that its mesh dimension splits after the later ones
@@ -22,7 +22,9 @@ def layout_of(name: str, tensor: DTensor, rank: int) -> Layout:
     tensor
         The tensor.
     rank
-        This process, to check the result with what it holds.
+        This process.
+    check
+        Compare the result with what it holds.
 
     Raises
     ------
@@ -38,7 +40,7 @@ def layout_of(name: str, tensor: DTensor, rank: int) -> Layout:
             f"{name}: rank {rank} has no part in its mesh of ranks {list(layout.ranks)[:8]}; track it only there"
         )
     box, local = layout.box(tensor.shape, group), tensor.to_local()
-    if box.size != tuple(local.shape):
+    if check and box.size != tuple(local.shape):
         raise StateError(
             f"{name}: rank {rank} holds {list(local.shape)} of {list(tensor.shape)}, but {tensor.placements} over a "
             f"mesh of {list(extents)} means {list(box.size)}: this kind of sharding can't be stored"

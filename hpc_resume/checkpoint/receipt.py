@@ -21,7 +21,7 @@ from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
 from hpc_resume.untrusted import parse_json, read_regular
 
-_DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, IntegrityError)
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, IntegrityError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,23 @@ class Receipt:
             If it is damaged.
         """
         try:
-            record = parse_json(read_regular(path, longest_bytes=MAX_BYTES, follow=False))
+            return cls.parse(read_regular(path, longest_bytes=MAX_BYTES, follow=False))
+        except FileNotFoundError:
+            raise
+        except (OSError, IntegrityError) as error:
+            raise IntegrityError(f"{path}: {error}") from error
+
+    @classmethod
+    def parse(cls, data: bytes) -> Receipt:
+        """From JSON; see :meth:`to_bytes`.
+
+        Raises
+        ------
+        IntegrityError
+            If it is damaged.
+        """
+        try:
+            record = parse_json(data)
             header = Header(**{name: record[name] for name in Header.__dataclass_fields__})
             structure = record["structure"]
             return cls(
@@ -131,12 +147,8 @@ class Receipt:
                 written_bytes=integer(record["written_bytes"]),
                 write_s=float(record["write_s"]),
             )
-        except FileNotFoundError:
-            raise
         except _DAMAGED as error:
-            raise IntegrityError(
-                f"{path}: damaged receipt ({type(error).__name__}: {error!s:.200})"
-            ) from error
+            raise IntegrityError(f"damaged receipt ({type(error).__name__}: {error!s:.200})") from error
 
 
 def objects_digest(objects: Any) -> str:

@@ -16,6 +16,9 @@ from hpc_resume.checkpoint.manifest import Manifest
 from hpc_resume.errors import IntegrityError
 from hpc_resume.untrusted import open_regular
 
+#: First byte in a box, one past the last, and the place of the checksum among the box's.
+Check = tuple[int, int, int]
+
 #: What is read at a time where only a checksum is wanted.
 _STREAM_BYTES = 1 << 20
 
@@ -111,46 +114,53 @@ class ShardFile:
         except (IntegrityError, OSError) as error:
             raise IntegrityError(f"{self._path(file)}: {error}") from error
 
-    def read_blocks(self, number: int, first: int, last: int, into: memoryview) -> None:
-        """Read whole blocks of one box and verify them.
+    def read_checked(self, number: int, checks: Sequence[Check], into: memoryview) -> None:
+        """Read a stretch of a box and verify it.
 
         Parameters
         ----------
         number
             Of the box in the index.
-        first, last
-            The first block, and one past the last.
+        checks
+            Neighbouring blocks or segments that make up the stretch; see :func:`blocks.checks`.
         into
             Of their length.
         """
         entry = self.index.entries[number]
-        edges = entry.edges
-        begin, end = edges[first], edges[last]
-        starts = self._run_starts(number)
-        for place in range(bisect_right(starts, begin) - 1, len(entry.runs)):
-            run, position = entry.runs[place], starts[place]
-            if position >= end:
-                break
-            low, high = max(begin, position), min(end, position + run.length)
-            self.read(run.file, run.offset + low - position, into[low - begin : high - begin])
-        for block in range(first, last):
-            self.verify(number, block, into[edges[block] - begin : edges[block + 1] - begin])
+        begin, end = checks[0][0], checks[-1][1]
+        if len(entry.runs) == 1:
+            self.read(entry.runs[0].file, entry.runs[0].offset + begin, into)
+        else:
+            starts = self._run_starts(number)
+            for turn in range(bisect_right(starts, begin) - 1, len(entry.runs)):
+                run, position = entry.runs[turn], starts[turn]
+                if position >= end:
+                    break
+                low, high = max(begin, position), min(end, position + run.length)
+                self.read(run.file, run.offset + low - position, into[low - begin : high - begin])
+        digest, table, first = xxhash.xxh3_64_intdigest, self.index.table, self.index.first_checksum[number]
+        for low, high, place in checks:
+            if digest(into[low - begin : high - begin]) != table[first + place]:
+                raise self._damage(number, low, high - low)
 
-    def verify(self, number: int, block: int, data: memoryview) -> None:
-        """Compare a block with its checksum.
+    def verify(self, number: int, data: memoryview) -> None:
+        """Compare a box that is one block with its checksum.
 
         Raises
         ------
         IntegrityError
             If it differs; the message names the file, the tensor and the bytes.
         """
-        if xxhash.xxh3_64_intdigest(data) != self.index.table[self.index.first_block[number] + block]:
-            entry = self.index.entries[number]
-            file, offset = self._whereabouts(number, entry.edges[block])
-            raise IntegrityError(
-                f"{self._path(file)}: {entry.name}: bytes {offset} to {offset + len(data)} are not what was "
-                "written (xxh3 differs)"
-            )
+        if xxhash.xxh3_64_intdigest(data) != self.index.table[self.index.first_checksum[number]]:
+            raise self._damage(number, 0, len(data))
+
+    def _damage(self, number: int, position: int, length: int) -> IntegrityError:
+        """Say which bytes of a box differ from what was written."""
+        file, offset = self._whereabouts(number, position)
+        return IntegrityError(
+            f"{self._path(file)}: {self.index.entries[number].name}: bytes {offset} to {offset + length} are not "
+            "what was written (xxh3 differs)"
+        )
 
     def _whereabouts(self, number: int, position: int) -> tuple[int, int]:
         """File and offset of a byte of a box."""

@@ -163,8 +163,8 @@ class Staging:
         base = self._base
         look = only_changed or (self._longest_chain > 0 and base is not None and self._looking.due())
         if own and look and base is not None and base.pieces is snapshot.pieces:
-            table = self._writer.checksums(snapshot.data, snapshot.edges)
-            changes = Changes.since(base, table, snapshot.edges)
+            changes = Changes.since(base, self._writer, snapshot.data, snapshot.cuts)
+            table = changes.checksums
             self.last_changed_bytes = changes.changed_bytes
             worthwhile = only_changed or refer_to_older(
                 changed_bytes=changes.changed_bytes,
@@ -175,10 +175,10 @@ class Staging:
             )
             self._looking.found(worthwhile=changes.changed_bytes < changes.total_bytes // 2)
             if worthwhile:
-                image, data = changes.shard(snapshot.data, snapshot.edges)
+                image, data = changes.shard(snapshot.data, snapshot.cuts)
                 return self._writer.write(path, image, data, table=table), image, changes.changed_bytes
         written = self._writer.write(
-            path, snapshot.image, snapshot.data, edges=snapshot.edges, table=table, arena=arena
+            path, snapshot.image, snapshot.data, cuts=snapshot.cuts, table=table, arena=arena
         )
         return written, snapshot.image, snapshot.size_bytes
 

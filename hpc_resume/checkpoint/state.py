@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpc_resume.checkpoint import dtypes, objects
 from hpc_resume.checkpoint.boxes import Box
+from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.fit import key_problems, shape_problems, target_for
 from hpc_resume.checkpoint.image import Piece
 from hpc_resume.checkpoint.layout import Layout
@@ -126,6 +128,7 @@ class TrackedState:
 
     # ---------------------------------------------------------------- capture
 
+    @paused_collector()
     def capture(self, private: Mapping[str, torch.Tensor], keys: Iterable[str] | None = None) -> Captured:
         """Take this rank's part of the state.
 
@@ -253,6 +256,7 @@ class TrackedState:
 
     # ---------------------------------------------------------------- restore
 
+    @paused_collector()
     def restore(self, reader: CheckpointReader) -> None:
         """Load a checkpoint into the tracked objects.
 
@@ -292,7 +296,8 @@ class TrackedState:
         if key in self._modules:
             set_model_state_dict(item, state)
         elif key in self._owners:
-            set_optimizer_state_dict(self._owners[key], item, state)
+            # Not strict: a parameter that never had a gradient has no state to restore.
+            set_optimizer_state_dict(self._owners[key], item, state, options=StateDictOptions(strict=False))
         elif isinstance(item, dict):
             fresh = dict(state)
             item.clear()

@@ -130,19 +130,24 @@ class Structure:
     def parts(self, name: str, want: Box) -> Iterator[tuple[int, Box]]:
         """Give the stored boxes that share elements with a box, each with the rank that stores it."""
         record = self.tensors[name]
+        if record.layout is not None and len(record.layout.ranks) == 1 and not record.layout.splits:
+            if want.volume:  # stored whole, in one piece: nothing to search
+                yield record.layout.ranks[0], Box.whole(record.shape)
+            return
+        for owner, box in self._shares_near(name, record, want):
+            if box.intersect(want) is not None:
+                for panel in _panels(record, box):
+                    if panel.intersect(want) is not None:
+                        yield owner, panel
+
+    def _shares_near(self, name: str, record: TensorRecord, want: Box) -> Iterator[tuple[int, Box]]:
+        """Who stores what of the boxes that share elements with ``want``."""
         if record.layout is None:
-            for owner, box in record.pieces:
-                if box.intersect(want) is not None:
-                    yield owner, box
+            yield from record.pieces
             return
         for group, held in record.layout.overlapping(record.shape, want):
             holders = record.layout.holders(group)
-            shares = self._replicas(holders)[name] if len(holders) > 1 else ((holders[0], held),)
-            for owner, box in shares:
-                if box.intersect(want) is not None:
-                    for panel in _panels(record, box):
-                        if panel.intersect(want) is not None:
-                            yield owner, panel
+            yield from self._replicas(holders)[name] if len(holders) > 1 else ((holders[0], held),)
 
     def _replicas(self, holders: tuple[int, ...]) -> dict[str, list[tuple[int, Box]]]:
         """Who stores what of all that these ranks hold together, by name."""
@@ -259,9 +264,11 @@ def integer(value: Any) -> int:
 
 def integers(values: Any) -> tuple[int, ...]:
     """Return a list of 64-bit integers as a tuple; see :func:`integer`."""
-    if not isinstance(values, list):
+    if type(values) is not list:
         raise TypeError(f"{brief(values)} is no list")
-    return tuple([integer(value) for value in values])
+    if values and (set(map(type, values)) != {int} or max(values) >= 1 << 63 or min(values) <= -1 << 63):
+        raise TypeError(f"{brief(values)} are no 64-bit integers")
+    return tuple(values)
 
 
 def string(value: Any) -> str:

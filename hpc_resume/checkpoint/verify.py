@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+from hpc_resume.checkpoint.blocks import Partitions
 from hpc_resume.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from hpc_resume.checkpoint.shardfile import ShardFile
+from hpc_resume.checkpoint.shardfile import Check, ShardFile
 from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.journal import read_events
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.untrusted import check_nesting, parse_json, read_regular
 
-#: Read and hashed at a time.
-_READ_BYTES = 1 << 20
 #: Boxes that are promised and missing are told one by one up to this many a shard.
 _TELL = 8
 #: Longest attempt.json, journal.
@@ -151,9 +152,10 @@ def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[
     try:
         for number, entry in enumerate(file.index.entries):
             try:
-                for first, last, length in _batches(entry.edges):
-                    file.read_blocks(number, first, last, memoryview(bytearray(length)))
-                    count(length)
+                for checks in _all_checks(entry.cut):
+                    low, high, _ = checks[0]
+                    file.read_checked(number, checks, memoryview(bytearray(high - low)))
+                    count(high - low)
             except IntegrityError as error:
                 findings.append(Finding(path=path, problem=_bare(error, path)))
         if not findings and file.rest_checksum() != recorded.rest:
@@ -165,6 +167,15 @@ def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[
     finally:
         file.close()
     return findings
+
+
+def _all_checks(cut: Partitions) -> Iterator[list[Check]]:
+    """Give every checksum of a box, by segments: each with those of its blocks, which others will read alone."""
+    blocks, segments = cut[0], cut[-1]
+    for number, (low, high) in enumerate(pairwise(segments)):
+        first, last = bisect_left(blocks, low), bisect_left(blocks, high)
+        parts = [(blocks[place], blocks[place + 1], place) for place in range(first, last)]
+        yield parts if len(cut) == 1 else [(low, high, len(blocks) - 1 + number), *parts]
 
 
 def _promised(file: ShardFile, manifest: Manifest, rank: int) -> Iterator[Finding]:
@@ -182,17 +193,6 @@ def _promised(file: ShardFile, manifest: Manifest, rank: int) -> Iterator[Findin
                 yield Finding(path=file.path, problem="and more boxes are not in its index")
                 return
             yield Finding(path=file.path, problem=str(error))
-
-
-def _batches(edges: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Cut the blocks of a box into batches of about :data:`_READ_BYTES`."""
-    first = 0
-    while first < len(edges) - 1:
-        last = first + 1
-        while last < len(edges) - 1 and edges[last + 1] - edges[first] <= _READ_BYTES:
-            last += 1
-        yield first, last, edges[last] - edges[first]
-        first = last
 
 
 def _bare(error: Exception, path: Path) -> str:

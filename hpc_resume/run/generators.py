@@ -16,7 +16,6 @@ import torch
 
 from hpc_resume.errors import IntegrityError
 
-
 #: Words of a Mersenne twister's state.
 _MERSENNE_WORDS = 624
 

@@ -225,13 +225,14 @@ class Saver:
             content=MODEL if content == MODEL else FULL,
             note=note,
         )
-        snapshot = self._camera.take(captured, stage=self._config.checkpoint.asynchronous and not wait)
+        stage = self._config.checkpoint.asynchronous and not wait and self._camera.may_stage(captured)
+        snapshot = self._camera.take(captured, stage=stage)
         pending = _Pending(details={"reason": reason}, began_s=time.monotonic())
         if content == MODEL:
             pending.details.update(content=MODEL, note=note)
         self._pending[step] = pending
         self.saved_step = step
-        if snapshot.arena is not None:
+        if stage:
             pending.writing = self._background.submit(self._write, header, snapshot, False)
         else:
             pending.captured, pending.header = captured, header

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.commit import claim_attempt
 from hpc_resume.checkpoint.image import Piece
 from hpc_resume.checkpoint.layout import Layout
-from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.placement import local_of
 from hpc_resume.checkpoint.receipt import Header
 from hpc_resume.checkpoint.snapshot import Camera, Captured, pieces_of
