@@ -24,7 +24,8 @@ from hpc_resume.checkpoint.blocks import (
 )
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
-from hpc_resume.checkpoint.structure import check_shape, integers, string
+from hpc_resume.checkpoint.fields import listed
+from hpc_resume.checkpoint.structure import check_name, check_shape, integers, string
 from hpc_resume.errors import IntegrityError
 from hpc_resume.rundir import is_checkpoint_name
 from hpc_resume.untrusted import brief, parse_json
@@ -190,18 +191,18 @@ def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
         if len(checksums) % CHECKSUM_BYTES:
             raise IntegrityError("its checksums are cut off")
         record = parse_json(data)
-        files = [(_checkpoint(checkpoint), _file(file)) for checkpoint, file in record["files"]]
+        files = [(_checkpoint(checkpoint), _file(file)) for checkpoint, file in listed(record["files"])]
         if len(files) > MAX_FILES:
             raise IntegrityError(f"it refers to {len(files)} other files")
         entries = []
         blocks = len(checksums) // CHECKSUM_BYTES
-        for name, dtype, shape, start, size, runs in record["pieces"]:
+        for name, dtype, shape, start, size, runs in listed(record["pieces"]):
             entry = Entry(
-                string(name),
+                check_name(name),
                 string(dtype),
                 integers(shape),
                 Box(integers(start), integers(size)),
-                tuple([Run(*integers(run)) for run in runs]),
+                tuple([Run(*integers(run)) for run in listed(runs)]),
             )
             blocks -= _check(entry, len(files), size_bytes, blocks)
             entries.append(entry)

@@ -24,7 +24,7 @@ from hpc_resume.untrusted import check_nesting, parse_json, read_regular
 _TELL = 8
 #: Longest attempt.json, journal.
 _LONGEST_RECORD_BYTES = 1 << 24
-_LONGEST_JOURNAL_BYTES = 1 << 30
+_LONGEST_JOURNAL_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
