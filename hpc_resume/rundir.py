@@ -86,9 +86,8 @@ class RunDirectory:
             folder.mkdir(parents=True, exist_ok=True)
         if not self.identity_path.exists():
             identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "name": name, "created": clock()}
-            identity["digest"] = _digest(identity)
             draft = self.root / f".run.json.{uuid.uuid4().hex}"
-            fs.write_file(draft, json.dumps(identity, indent=1).encode())
+            fs.write_file(draft, sealed(identity))
             try:
                 os.link(draft, self.identity_path)  # unlike a rename, a link never replaces
             except FileExistsError:
@@ -119,7 +118,7 @@ class RunDirectory:
             raise IntegrityError(f"{self.identity_path}: damaged ({error})") from error
         if not isinstance(identity, dict) or not isinstance(identity.get("run_id"), str):
             raise IntegrityError(f"{self.identity_path}: damaged (no run_id)")
-        if identity.get("digest") != _digest(identity):
+        if identity.get("digest") != digest(identity):
             raise IntegrityError(f"{self.identity_path}: damaged (its digest differs)")
         if identity.get("schema") != SCHEMA:
             raise IntegrityError(
@@ -144,9 +143,15 @@ class RunDirectory:
         return sorted((name for name in names if _CHECKPOINT.fullmatch(name)), key=checkpoint_step)
 
 
-def _digest(identity: JsonObject) -> str:
-    body = {key: value for key, value in identity.items() if key != "digest"}
+def digest(record: JsonObject) -> str:
+    """First 16 hex digits of the SHA-256 of a record, whatever its ``digest`` field says."""
+    body = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sealed(record: JsonObject) -> bytes:
+    """Give a record as the bytes of its file, with its digest as the last field."""
+    return json.dumps({**record, "digest": digest(record)}, indent=1).encode()
 
 
 def checkpoint_name(step: int, content_id: str) -> str:

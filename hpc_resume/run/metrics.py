@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from hpc_resume.files import Clock
+from hpc_resume.journal import write_line
 
 #: Values are turned into numbers and written at most this often: reading a GPU tensor waits for the GPU.
 _FLUSH_S = 1.0
@@ -49,10 +49,10 @@ class Metrics:
         lines = []
         for step, row in self._pending.items():
             numbers = {name: float(value) for name, value in row.items()}
-            lines.append(json.dumps({"step": step, **numbers}))
+            lines.append(write_line({**numbers, "step": step}))
         self._pending.clear()
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            os.write(fd, ("\n".join(lines) + "\n").encode())
+            os.write(fd, b"".join(lines))
         finally:
             os.close(fd)
