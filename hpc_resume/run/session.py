@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -255,8 +256,10 @@ class Session:
         SystemExit
             With the exit code of an error of ours, after its message.
         """
-        self.metrics.flush()
-        summary = traceback.format_exception_only(type(error), error)[-1].strip()
+        with contextlib.suppress(Exception):  # reading a tensor of a GPU that has failed fails, too
+            self.metrics.flush()
+        ours = isinstance(error, HpcResumeError)
+        summary = str(error) if ours else traceback.format_exception_only(type(error), error)[-1].strip()
         restartable = self.environment.job_id is not None
         code = after_crash(error, restartable=restartable, under_way=self.step > self.first_step)
         if self.rank == 0:

@@ -19,6 +19,7 @@ from hpc_resume.checkpoint.dtypes import torch_dtype
 from hpc_resume.checkpoint.reader import CheckpointReader
 from hpc_resume.checkpoint.verify import verify_run
 from hpc_resume.journal import read_events
+from hpc_resume.run.metrics import Metrics
 from hpc_resume.rundir import RunDirectory
 from tests.ranks import Attempt
 from tests.run.training import GLOBAL_BATCH, train
@@ -265,6 +266,17 @@ def train_with_a_mistake(steps, fail_at):
 def test_an_exception_before_the_first_step_is_not_repeated(tmp_path):
     attempt = Attempt(tmp_path / "run", 2, train_with_a_mistake, 10, 0)
     assert attempt.wait() == [1, 1]
+    assert "ValueError: something in the script" in ended(tmp_path / "run", 1)["why"]
+
+
+def train_on_a_gpu_that_fails(steps):
+    Metrics.flush = lambda _: (_ for _ in ()).throw(RuntimeError("CUDA error: unspecified launch failure"))
+    train(steps, fail_at=3)
+
+
+def test_a_crash_has_its_last_word_though_metrics_can_not_be_read_any_more(tmp_path):
+    attempt = Attempt(tmp_path / "run", 1, train_on_a_gpu_that_fails, 10)
+    assert attempt.wait() == [75]
     assert "ValueError: something in the script" in ended(tmp_path / "run", 1)["why"]
 
 
