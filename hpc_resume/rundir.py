@@ -23,7 +23,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_resume.errors import CheckpointNotFound, IntegrityError
+from hpc_resume.errors import CheckpointNotFound, IntegrityError, UsageError
 from hpc_resume.files import DISK, Clock, Filesystem, JsonObject
 
 SCHEMA = 1
@@ -81,9 +81,22 @@ class RunDirectory:
         -------
         dict
             The identity: ``run_id``, ``name``, ``created`` (Unix seconds), ``schema``.
+
+        Raises
+        ------
+        UsageError
+            If the folders can't be made.
+        IntegrityError
+            If there is an identity, and it is damaged.
         """
-        for folder in (self.attempts, self.checkpoints, self.quarantine, self.configs):
-            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for folder in (self.attempts, self.checkpoints, self.quarantine, self.configs):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{self.root}: can't be made a run directory ({error.strerror}: {error.filename}); "
+                "give another run_dir, on a filesystem that all nodes can write to"
+            ) from error
         if not self.identity_path.exists():
             identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "name": name, "created": clock()}
             draft = self.root / f".run.json.{uuid.uuid4().hex}"
@@ -109,7 +122,7 @@ class RunDirectory:
         """
         try:
             identity = json.loads(self.identity_path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckpointNotFound(
                 f"{self.root}: no run directory (there is no run.json in it); "
                 "give the folder that was passed as run_dir, or list one: ls runs/"
@@ -130,7 +143,7 @@ class RunDirectory:
         """Numbers of the attempts that have begun, ascending."""
         try:
             names = os.listdir(self.attempts)  # noqa: PTH208 - names are all that is needed
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(int(name) for name in names if _ATTEMPT.fullmatch(name))
 
@@ -138,7 +151,7 @@ class RunDirectory:
         """Names in ``checkpoints/`` that look like a checkpoint, by ascending step."""
         try:
             names = os.listdir(self.checkpoints)  # noqa: PTH208 - as above
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted((name for name in names if _CHECKPOINT.fullmatch(name)), key=checkpoint_step)
 

@@ -84,6 +84,14 @@ def test_no_run_there_is_exit_code_3(tmp_path, verb):
     assert "Traceback" not in shown.stderr
 
 
+@pytest.mark.parametrize("verb", ["status", "ls", "show", "verify", "cancel"])
+def test_a_file_is_no_run_directory(tmp_path, verb):
+    (tmp_path / "train.py").touch()
+    shown = call(verb, tmp_path / "train.py")
+    assert (shown.exit_code, shown.stdout) == (3, "")
+    assert "no run directory" in shown.stderr
+
+
 def test_ls_of_a_run_without_checkpoints(finished):
     assert call("ls", finished).stdout.strip().endswith("no checkpoint yet")
     assert json.loads(call("ls", finished, "--json").stdout) == []
