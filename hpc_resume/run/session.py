@@ -233,9 +233,7 @@ class Session:
         else:
             ending = self.peers.get("ending", _LEAVE_S)
         self.say(f"attempt {self.facts.number} ends after step {self.step}: {ending['why']}")
-        self.peers.store.add("left", 1)
-        if self.rank == 0:  # the store is here: stay until everybody has read the ending
-            self.peers.wait_for_count("left", self.world_size, _HEAD_START_S)
+        self._part()
         self.stopping.close(last_word=True)
         if ending["exit_code"] == EXIT_CONTINUE:
             raise Interrupted(ending["why"])
@@ -247,8 +245,16 @@ class Session:
         self.saver.poll()
         self._write(Cause.DONE, "done", "all steps are done", 0)
         self.say(f"done: step {self.step}")
+        self._part()
         self.stopping.close(last_word=False)
         self.shut_down(destroy=True)
+
+    def _part(self) -> None:
+        """Read nothing more from the control store; rank 0, which keeps it, stays until all have come here."""
+        with contextlib.suppress(RuntimeError):  # rank 0 has waited long enough, and left
+            self.peers.store.add("left", 1)
+            if self.rank == 0:
+                self.peers.wait_for_count("left", self.world_size, _HEAD_START_S)
 
     def crash(self, error: Exception) -> None:
         """End an attempt that an exception has left; returns if the exception shall go on its way.

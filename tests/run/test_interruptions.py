@@ -20,6 +20,7 @@ from hpc_resume.checkpoint.reader import CheckpointReader
 from hpc_resume.checkpoint.verify import verify_run
 from hpc_resume.journal import read_events
 from hpc_resume.run.metrics import Metrics
+from hpc_resume.run.saving import Saver
 from hpc_resume.rundir import RunDirectory
 from tests.ranks import Attempt
 from tests.run.training import GLOBAL_BATCH, train
@@ -310,6 +311,18 @@ def test_a_run_that_makes_no_progress_stops_with_a_clear_last_word(tmp_path):
     assert "3 attempts in a row began at step 0" in attempt.log.read_text()
     # A person who submits it anew is another job.
     assert Attempt(tmp_path / "run", 1, train, 10, job="job-2").wait() == [0]
+
+
+def train_with_a_rank_that_is_slow_to_leave(steps):
+    settle = Saver._settle
+    if os.environ["SUBMITIT_LOCAL_GLOBALID"] == "1":
+        Saver._settle = lambda saver, step: (time.sleep(1), settle(saver, step))
+    train(steps)
+
+
+def test_rank_0_stays_until_all_ranks_know_that_the_run_is_done(tmp_path):
+    attempt = Attempt(tmp_path / "run", 2, train_with_a_rank_that_is_slow_to_leave, 5)
+    assert attempt.wait() == [0, 0], attempt.log.read_text()
 
 
 def train_that_hangs(steps, hang_at):
