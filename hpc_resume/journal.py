@@ -18,6 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hpc_resume.errors import IntegrityError
+from hpc_resume.untrusted import read_regular
+
+#: A longer journal is none; one event takes some hundred bytes.
+_LONGEST_BYTES = 1 << 30
 _CHECKSUM = "#"  # no name that a keyword argument could have
 _SEALED = re.compile(rb'(.*), "#": "([0-9a-f]{8})"\}', re.DOTALL)
 
@@ -83,11 +88,18 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     list of dict
         The events in order, without their checksums. A line that is no JSON object (the torn last line of a
         killed process), or that is not what was written, is left out.
+
+    Raises
+    ------
+    IntegrityError
+        If it can't be read, or is no file.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_regular(path, longest_bytes=_LONGEST_BYTES).split(b"\n")
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise IntegrityError(f"{path}: can't be read ({error.strerror})") from error
     return [record for line in lines if (record := _read_line(line)) is not None]
 
 
@@ -107,7 +119,7 @@ def damaged_lines(path: Path, *, sealed: bool) -> Iterator[tuple[int, str]]:
         The line's number, from 1, and what is wrong. The last line may be torn: a process that was killed
         while it wrote leaves the beginning of one.
     """
-    *whole, rest = path.read_bytes().split(b"\n")
+    *whole, rest = read_regular(path, longest_bytes=_LONGEST_BYTES).split(b"\n")
     sealed = sealed or any(map(_intact, [*whole, rest]))
     for number, line in enumerate(whole, 1):
         if _read_line(line) is None or (sealed and not _intact(line)):
@@ -125,7 +137,7 @@ def _intact(line: bytes) -> bool:
 def _read_line(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or (_CHECKSUM in record and not _intact(line)):
         return None

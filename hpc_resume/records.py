@@ -14,6 +14,10 @@ from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.files import JsonObject
 from hpc_resume.journal import damaged_lines
 from hpc_resume.rundir import RunDirectory, sealed
+from hpc_resume.untrusted import parse_json, read_regular
+
+#: A longer record is none.
+_LONGEST_BYTES = 1 << 24
 
 #: Records of attempts have a digest, and lines of their journals a checksum, since this schema.
 _SEALED_SINCE = 2
@@ -57,7 +61,7 @@ def configuration_path(run: RunDirectory, digest: str) -> Path:
 def _check_identity(run: RunDirectory) -> Iterator[tuple[Path, str]]:
     path = run.identity_path
     try:
-        if path.read_bytes() != sealed(run.identity()):
+        if read_regular(path, longest_bytes=_LONGEST_BYTES) != sealed(run.identity()):
             yield path, "is not what was written"
     except (CheckpointNotFound, FileNotFoundError):
         yield path, "is gone"
@@ -70,7 +74,7 @@ def _check_identity(run: RunDirectory) -> Iterator[tuple[Path, str]]:
 def _check_configurations(run: RunDirectory) -> Iterator[tuple[Path, str]]:
     for path in sorted(run.configs.glob("*.yaml")):
         try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            digest = hashlib.sha256(read_regular(path, longest_bytes=_LONGEST_BYTES)).hexdigest()[:16]
         except OSError as error:
             yield path, _unreadable(error)
         else:
@@ -82,8 +86,8 @@ def _read_attempt(folder: Path, number: int) -> tuple[JsonObject, str | None]:
     """Give the record of an attempt, empty if there is none, and what is wrong with it."""
     path = folder / "attempt.json"
     try:
-        data = path.read_bytes()
-        record = json.loads(data)
+        data = read_regular(path, longest_bytes=_LONGEST_BYTES)
+        record = parse_json(data)
     except FileNotFoundError:
         # An attempt that died at once has none; whatever else it leaves comes later.
         return {}, "is gone" if any(folder.glob("*.jsonl")) else None

@@ -25,10 +25,13 @@ from pathlib import Path
 
 from hpc_resume.errors import CheckpointNotFound, IntegrityError, UsageError
 from hpc_resume.files import DISK, Clock, Filesystem, JsonObject
+from hpc_resume.untrusted import brief, check_nesting, parse_json, read_regular
 
 SCHEMA = 1
-_ATTEMPT = re.compile(r"\d{4,}")
-_CHECKPOINT = re.compile(r"(\d{10,20})-([0-9a-f]{8})")
+#: A longer run.json is none.
+_LONGEST_IDENTITY_BYTES = 1 << 20
+_ATTEMPT = re.compile(r"[0-9]{4,18}")
+_CHECKPOINT = re.compile(r"([0-9]{10,20})-([0-9a-f]{8})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,21 +124,24 @@ class RunDirectory:
             If the file is damaged.
         """
         try:
-            identity = json.loads(self.identity_path.read_bytes())
+            identity = parse_json(read_regular(self.identity_path, longest_bytes=_LONGEST_IDENTITY_BYTES))
+            check_nesting(identity, 8)
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointNotFound(
                 f"{self.root}: no run directory (there is no run.json in it); "
                 "give the folder that was passed as run_dir, or list one: ls runs/"
             ) from None
         except ValueError as error:
-            raise IntegrityError(f"{self.identity_path}: damaged ({error})") from error
+            raise IntegrityError(f"{self.identity_path}: damaged ({error!s:.200})") from error
+        except OSError as error:
+            raise IntegrityError(f"{self.identity_path}: can't be read ({error.strerror})") from error
         if not isinstance(identity, dict) or not isinstance(identity.get("run_id"), str):
             raise IntegrityError(f"{self.identity_path}: damaged (no run_id)")
         if identity.get("digest") != digest(identity):
             raise IntegrityError(f"{self.identity_path}: damaged (its digest differs)")
         if identity.get("schema") != SCHEMA:
             raise IntegrityError(
-                f"{self.identity_path}: schema {identity.get('schema')!r}, but this version reads {SCHEMA}"
+                f"{self.identity_path}: schema {brief(identity.get('schema'))}, but this version reads {SCHEMA}"
             )
         return identity
 

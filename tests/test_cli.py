@@ -104,7 +104,7 @@ def test_show_names_the_steps_there_are(finished):
 
 def test_verify_with_findings_is_exit_code_4(finished, monkeypatch):
     finding = Finding(path=finished / "checkpoints" / "x", problem="block 3 of 8 differs")
-    monkeypatch.setattr("hpc_resume.checkpoint.verify.verify_run", lambda root: [finding])
+    monkeypatch.setattr("hpc_resume.checkpoint.verify.verify_run", lambda root, **_: [finding])
     shown = call("verify", finished)
     assert (shown.exit_code, shown.stdout) == (4, f"{finding.path}: block 3 of 8 differs\n")
     assert "1 problem in" in shown.stderr
@@ -118,7 +118,7 @@ def test_verify_with_findings_is_exit_code_4(finished, monkeypatch):
 def test_verify_of_nothing_is_exit_code_3_and_of_sound_checkpoints_0(finished, monkeypatch):
     assert call("verify", finished).exit_code == 3
     (finished / "checkpoints" / "0000000009-0123abcd").mkdir()
-    monkeypatch.setattr("hpc_resume.checkpoint.verify.verify_run", lambda root: [])
+    monkeypatch.setattr("hpc_resume.checkpoint.verify.verify_run", lambda root, **_: [])
     shown = call("verify", finished)
     assert (shown.exit_code, shown.stdout) == (0, "")
     assert "1 checkpoint: every byte as committed" in shown.stderr

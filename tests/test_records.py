@@ -94,7 +94,7 @@ def test_a_configuration_that_an_attempt_used_is_missed(run):
 def test_a_folder_in_place_of_a_file_is_told(run, name):
     (run.root / name).unlink()
     (run.root / name).mkdir()
-    assert found(run) == [(name, "can't be read (Is a directory)")]
+    assert found(run) == [(name, "can't be read (a folder, not a regular file)")]
 
 
 def test_an_attempt_that_was_killed_at_once_is_no_damage(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,21 +69,42 @@ class Box:
         return first, last + 1
 
 
+#: So many boxes are compared pair by pair; more must be told apart by cuts.
+_FEW = 32
+#: How often boxes are cut apart. Meshes cut a tensor once a dimension, if that.
+_MAX_CUTS = 16
+
+
 def covers_once(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
     """Whether the boxes tile a tensor: every element in exactly one of them.
 
-    Sorted by their first dimension, a box is compared only with those that begin before it ends, so row
-    shards of any number of ranks cost one pass.
+    Boxes are told apart by cuts through the whole tensor, as meshes make them, which takes little more than
+    sorting them. More than :data:`_FEW` that can't be cut apart count as no tiling: comparing all with all
+    would take as long as somebody wants who made them up.
     """
     if sum(box.volume for box in boxes) != math.prod(shape) or not all(box.within(shape) for box in boxes):
         return False
-    ordered = sorted(box for box in boxes if box.volume)
-    if not shape:
-        return len(ordered) == 1
-    active: list[Box] = []
-    for box in ordered:
-        active = [other for other in active if other.stop[0] > box.start[0]]
-        if any(other.intersect(box) for other in active):
+    groups = [([box for box in boxes if box.volume], 0)]
+    while groups:
+        group, depth = groups.pop()
+        parts = _cut(group) if len(group) > 1 and depth < _MAX_CUTS else []
+        if len(parts) > 1:
+            groups += [(part, depth + 1) for part in parts]
+        elif len(group) > _FEW or any(a.intersect(b) for a, b in itertools.combinations(group, 2)):
             return False
-        active.append(box)
     return True
+
+
+def _cut(boxes: list[Box]) -> list[list[Box]]:
+    """Cut boxes apart in the first dimension in which a cut goes through none of them."""
+    for dim in range(len(boxes[0].start)):
+        parts: list[list[Box]] = []
+        reach = -1
+        for box in sorted(boxes, key=lambda box: box.start[dim]):
+            if box.start[dim] >= reach:
+                parts.append([])
+            parts[-1].append(box)
+            reach = max(reach, box.start[dim] + box.size[dim])
+        if len(parts) > 1:
+            return parts
+    return []

@@ -6,6 +6,7 @@ import torch
 
 from hpc_resume.checkpoint import dtypes
 from hpc_resume.checkpoint.reader import CheckpointReader
+from hpc_resume.errors import MismatchError
 
 
 def target_for(
@@ -14,12 +15,17 @@ def target_for(
     """Give the tensor to read into: the one that is there if it may be overwritten and fits, or one like it."""
     record = reader.manifest.structure.tensors[stored]
     dtype = dtypes.torch_dtype(record.dtype)
-    if have is not None and tuple(have.shape) == record.shape:
-        if not fresh and have.dtype == dtype:
-            return have
-        return torch.empty_like(have, dtype=dtype, requires_grad=False)
+    if have is not None and tuple(have.shape) == record.shape and not fresh and have.dtype == dtype:
+        return have
     reader.check_size(stored)
-    return torch.empty(record.shape, dtype=dtype)
+    try:
+        if have is not None and tuple(have.shape) == record.shape:
+            return torch.empty_like(have, dtype=dtype, requires_grad=False)
+        return torch.empty(record.shape, dtype=dtype)
+    except (RuntimeError, MemoryError) as error:  # PyTorch says either, whatever is short
+        raise MismatchError(
+            f"{reader.folder}: {stored}: no memory for {record.size_bytes} bytes: {str(error).splitlines()[0]:.200}"
+        ) from error
 
 
 def key_problems(tracked: set[str], saved: set[str]) -> list[str]:

@@ -22,7 +22,8 @@ from hpc_resume.checkpoint import dtypes
 from hpc_resume.checkpoint.blocks import Partitions, count_checksums, partitions
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
-from hpc_resume.checkpoint.index import CHECKSUM_BYTES, Entry, Run, encode_index
+from hpc_resume.checkpoint.index import CHECKSUM_BYTES, LONGEST_BYTES, Entry, Run, encode_index
+from hpc_resume.errors import StateError
 
 PACKED_BELOW_BYTES = 4096
 ALIGN_BYTES = 4096
@@ -220,6 +221,10 @@ class _Layout:
     ) -> Image:
         """Add index and table, and take what HDF5 has written."""
         index_bytes = encode_index(entries, files)
+        if max(len(index_bytes), CHECKSUM_BYTES * checksums) > LONGEST_BYTES:
+            raise StateError(
+                f"{len(entries)} pieces with {checksums} checksums are more than one shard can hold: use more ranks"
+            )
         extents = list(self._extents)
         index = self.dataset("index", "uint8", (len(index_bytes),))
         table = self.dataset("checksums", "uint64", (max(checksums, 1),))

@@ -24,11 +24,18 @@ from hpc_resume.checkpoint.blocks import (
 )
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
-from hpc_resume.checkpoint.structure import integers, string
+from hpc_resume.checkpoint.structure import check_shape, integers, string
 from hpc_resume.errors import IntegrityError
 from hpc_resume.rundir import is_checkpoint_name
+from hpc_resume.untrusted import brief, parse_json
 
-SHARD_FILE = re.compile(r"rank-\d{5,9}-of-\d{5,9}(?:\.by-\d{5,9})?\.h5")
+SHARD_FILE = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}(?:\.by-[0-9]{5,9})?\.h5")
+#: A longer index or table is neither written nor read: 20,000 tensors take 3 MB, a checksum for each of 2 TB 128 MB.
+LONGEST_BYTES = 1 << 27
+#: Older shards that one may refer to.
+MAX_FILES = 256
+#: No filesystem holds a longer one.
+_END_OF_FILES = 1 << 62
 #: Bytes of a checksum in the table.
 CHECKSUM_BYTES = 8
 
@@ -106,6 +113,8 @@ class Index:
     ) -> None:
         self.entries = tuple(entries)
         self.files = tuple(files)
+        #: For each file, how far runs reach into it, and how many bytes they take there.
+        self.reach: dict[int, tuple[int, int]] = {}
         self.checksums = checksums
         self.table = memoryview(checksums).cast("Q")
         self.first_checksum: list[int] = []
@@ -115,6 +124,9 @@ class Index:
             self.first_checksum.append(place)
             self._find[entry.name, entry.box.start] = number
             place += 1 if entry.length <= SINGLE_BLOCK_BYTES else count_checksums(entry.cut)
+            for run in entry.runs:
+                end, total = self.reach.get(run.file, (0, 0))
+                self.reach[run.file] = max(end, run.offset + run.length), total + run.length
         if place != len(self.table) or len(self._find) != len(self.entries):
             raise IntegrityError(
                 f"{len(self.table)} checksums instead of {place}, or a box that stands twice"
@@ -175,9 +187,14 @@ def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
         If it is damaged, or says what can't be.
     """
     try:
-        record = json.loads(data)
+        if len(checksums) % CHECKSUM_BYTES:
+            raise IntegrityError("its checksums are cut off")
+        record = parse_json(data)
         files = [(_checkpoint(checkpoint), _file(file)) for checkpoint, file in record["files"]]
+        if len(files) > MAX_FILES:
+            raise IntegrityError(f"it refers to {len(files)} other files")
         entries = []
+        blocks = len(checksums) // CHECKSUM_BYTES
         for name, dtype, shape, start, size, runs in record["pieces"]:
             entry = Entry(
                 string(name),
@@ -186,40 +203,54 @@ def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
                 Box(integers(start), integers(size)),
                 tuple([Run(*integers(run)) for run in runs]),
             )
-            _check(entry, len(files), size_bytes, len(checksums) // CHECKSUM_BYTES)
+            blocks -= _check(entry, len(files), size_bytes, blocks)
             entries.append(entry)
-        if len(checksums) % CHECKSUM_BYTES:
-            raise IntegrityError("its checksums are cut off")
-        return Index(entries, checksums, files)
+        index = Index(entries, checksums, files)
     except IntegrityError:
         raise
-    except (ValueError, TypeError, LookupError, RecursionError, OverflowError, MemoryError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError, MemoryError) as error:
         raise IntegrityError(f"its index is damaged ({type(error).__name__}: {error!s:.200})") from error
+    if index.reach.get(0, (0, 0))[1] > size_bytes:
+        raise IntegrityError("boxes overlap: they are longer than the file")
+    return index
 
 
-def _check(entry: Entry, files: int, size_bytes: int, blocks: int) -> None:
+def _check(entry: Entry, files: int, size_bytes: int, blocks: int) -> int:
+    """Check one entry; returns how many checksums it must have at least, of those that are left."""
+    check_shape(entry.shape, item_bytes(entry.dtype))
+    if not entry.box.within(entry.shape) or not entry.length:
+        raise IntegrityError(f"{entry.name!r:.100}: an empty box, or one outside its tensor")
+    least = max(entry.length // BLOCK_BYTES, 1)
+    if least > blocks:  # before its blocks are counted one by one
+        raise IntegrityError(f"{entry.name!r:.100}: {entry.length} bytes, but {blocks} checksums are left")
     total = 0
-    if entry.length // BLOCK_BYTES > blocks:  # before its blocks are counted one by one
-        raise IntegrityError(f"{entry.name!r:.100}: {entry.length} bytes, but {blocks} checksums in all")
     for run in entry.runs:
         if run.offset < 0 or run.length <= 0 or not 0 <= run.file <= files:
             raise IntegrityError(f"{entry.name!r:.100}: {run}")
-        if run.file == 0 and run.offset + run.length > size_bytes:
-            raise IntegrityError(f"{entry.name!r:.100}: a box ends after its shard does")
+        if run.offset + run.length > (size_bytes if run.file == 0 else _END_OF_FILES):
+            raise IntegrityError(f"{entry.name!r:.100}: a box ends after its file does")
         total += run.length
-    if not entry.box.within(entry.shape) or total != entry.length:
+    if total != entry.length:
         raise IntegrityError(f"{entry.name!r:.100}: {total} bytes for a box of {entry.length}")
+    if len(entry.runs) > 1:
+        edges = set(entry.cut[0])
+        position = 0
+        for run in entry.runs:
+            position += run.length
+            if position not in edges:
+                raise IntegrityError(f"{entry.name!r:.100}: a run ends within a block")
+    return least
 
 
 def _checkpoint(name: Any) -> str:
     if not isinstance(name, str) or not is_checkpoint_name(name):
-        raise IntegrityError(f"{name!r:.100} is no name of a checkpoint")
+        raise IntegrityError(f"{brief(name)} is no name of a checkpoint")
     return name
 
 
 def _file(name: Any) -> str:
     if not isinstance(name, str) or not SHARD_FILE.fullmatch(name):
-        raise IntegrityError(f"{name!r:.100} is no name of a shard")
+        raise IntegrityError(f"{brief(name)} is no name of a shard")
     return name
 
 

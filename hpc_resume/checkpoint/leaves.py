@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hpc_resume.checkpoint import dtypes, objects
-from hpc_resume.errors import StateError
+from hpc_resume.errors import IntegrityError, StateError
 
 _SPECIAL = re.compile(r"[%/\0]|^\.$")
 
@@ -55,7 +55,7 @@ def flatten(key: str, state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         if tensor.is_meta:
             raise StateError(f"{'/'.join(path)}: a tensor on the meta device has no values to store")
         dtypes.name_of(tensor.dtype)
-        name = "/".join(map(escape, path))
+        name = _name(path)
         if name in names:
             raise StateError(f"{name}: two entries of the state have this name")
         names.add(name)
@@ -67,6 +67,16 @@ def flatten(key: str, state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         return {tag: name}
 
     return objects.encode(state, (key,), name_tensor), leaves
+
+
+def _name(path: tuple[str, ...]) -> str:
+    """Join a path to a tensor's name."""
+    name = "/".join(map(escape, path))
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise StateError(f"{name!r}: a name that is no Unicode text can't be stored") from error
+    return name
 
 
 def _memory_of(tensor: torch.Tensor) -> Any:
@@ -87,5 +97,14 @@ def escape(component: str) -> str:
 
 
 def leaf(tag: str, tensor: torch.Tensor) -> Any:
-    """Give a tensor back as what it was."""
-    return tensor.numpy() if tag == "$ndarray" else tensor
+    """Give a tensor back as what it was.
+
+    Raises
+    ------
+    IntegrityError
+        If there is no array of its type: then it never was one.
+    """
+    try:
+        return tensor.numpy() if tag == "$ndarray" else tensor
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise IntegrityError(f"an array of type {tensor.dtype} ({error!s:.100})") from error

@@ -130,10 +130,11 @@ class CheckpointReader:
         found, parts = {}, []
         for number, entry in enumerate(file.index.entries):
             if entry.name.startswith(prefix):
-                out = torch.empty(entry.shape, dtype=dtypes.torch_dtype(entry.dtype))
-                found[entry.name.removeprefix(prefix)] = out
                 if entry.box != Box.whole(entry.shape):
                     raise IntegrityError(f"{file.path}: {entry.name} is stored in part only")
+                file.check_there(number)
+                out = torch.empty(entry.shape, dtype=dtypes.torch_dtype(entry.dtype))
+                found[entry.name.removeprefix(prefix)] = out
                 parts.append(_Part(file, number, entry, entry.box, out))
         for part in parts:
             for task in _split(part):
@@ -150,10 +151,11 @@ class CheckpointReader:
         """
         record = self.manifest.structure.tensors[name]
         whole = Box.whole(record.shape)
-        stored = sum(
-            self._open(rank).index.entries[self._open(rank).index.find(name, box)].length
-            for rank, box in self.manifest.structure.parts(name, whole)
-        )
+        stored = 0
+        for rank, box in self.manifest.structure.parts(name, whole):
+            file, number = self._find(name, rank, box)
+            file.check_there(number)
+            stored += file.index.entries[number].length
         if whole.volume and stored != record.size_bytes:
             raise IntegrityError(f"{self.folder}: {name}: {stored} bytes of {record.size_bytes} are stored")
 
@@ -162,20 +164,27 @@ class CheckpointReader:
         if wanted.box.size != record.shape and not wanted.box.within(record.shape):
             raise ValueError(f"{wanted.name}: {wanted.box} is not within {record.shape}")
         for rank, box in self.manifest.structure.parts(wanted.name, wanted.box):
-            file = self._open(rank)
-            try:
-                number = file.index.find(wanted.name, box)
-            except IntegrityError as error:
-                raise IntegrityError(f"{file.path}: {error}") from error
+            file, number = self._find(wanted.name, rank, box)
             entry = file.index.entries[number]
-            if entry.dtype != record.dtype or entry.shape != record.shape:
-                raise IntegrityError(f"{file.path}: {wanted.name} is another tensor there")
             if box == wanted.box:
                 yield rank, _Part(file, number, entry, box, wanted.out)
                 continue
             part = box.intersect(wanted.box)
             assert part is not None
             yield rank, _Part(file, number, entry, part, wanted.out[part.slices_in(wanted.box)])
+
+    def _find(self, name: str, rank: int, box: Box) -> tuple[ShardFile, int]:
+        """Find a stored box in its shard's index."""
+        record = self.manifest.structure.tensors[name]
+        file = self._open(rank)
+        try:
+            number = file.index.find(name, box)
+        except IntegrityError as error:
+            raise IntegrityError(f"{file.path}: {error}") from error
+        entry = file.index.entries[number]
+        if entry.dtype != record.dtype or entry.shape != record.shape:
+            raise IntegrityError(f"{file.path}: {name} is another tensor there")
+        return file, number
 
     def _open(self, rank: int) -> ShardFile:
         if rank not in self._files:

@@ -14,11 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_resume.checkpoint.manifest import FULL, Manifest, ShardRecord
+from hpc_resume.checkpoint.manifest import FULL, MAX_BYTES, Manifest, ShardRecord
 from hpc_resume.checkpoint.objects import dump
 from hpc_resume.checkpoint.structure import Structure, integer, merge, string
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
+from hpc_resume.untrusted import parse_json, read_regular
+
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, IntegrityError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +112,10 @@ class Receipt:
             If it is damaged.
         """
         try:
-            return cls.parse(path.read_bytes())
-        except IntegrityError as error:
+            return cls.parse(read_regular(path, longest_bytes=MAX_BYTES, follow=False))
+        except FileNotFoundError:
+            raise
+        except (OSError, IntegrityError) as error:
             raise IntegrityError(f"{path}: {error}") from error
 
     @classmethod
@@ -123,7 +128,7 @@ class Receipt:
             If it is damaged.
         """
         try:
-            record = json.loads(data)
+            record = parse_json(data)
             header = Header(**{name: record[name] for name in Header.__dataclass_fields__})
             structure = record["structure"]
             return cls(
@@ -142,7 +147,7 @@ class Receipt:
                 written_bytes=integer(record["written_bytes"]),
                 write_s=float(record["write_s"]),
             )
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, IntegrityError) as error:
+        except _DAMAGED as error:
             raise IntegrityError(f"damaged receipt ({type(error).__name__}: {error!s:.200})") from error
 
 

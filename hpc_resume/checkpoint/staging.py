@@ -8,7 +8,7 @@ from pathlib import Path
 from hpc_resume.checkpoint.changes import Base, Changes
 from hpc_resume.checkpoint.commit import STAGING, finish_commit, read_receipts
 from hpc_resume.checkpoint.image import Image, Piece
-from hpc_resume.checkpoint.index import shard_file
+from hpc_resume.checkpoint.index import MAX_FILES, shard_file
 from hpc_resume.checkpoint.manifest import ShardRecord, read_manifest
 from hpc_resume.checkpoint.receipt import Header, Receipt, carries_structure, objects_digest
 from hpc_resume.checkpoint.shard import ShardWriter, WrittenShard
@@ -57,7 +57,7 @@ class Staging:
         self._attempt = attempt
         self._rank = rank
         self._node = node
-        self._longest_chain = longest_chain
+        self._longest_chain = min(longest_chain, MAX_FILES)
         self._fs = fs
         self._clock = clock
         self._writer = ShardWriter(threads=threads, fs=fs, direct=direct)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -262,7 +263,8 @@ class TrackedState:
         Raises
         ------
         MismatchError
-            If names, shapes or types differ; lists every difference, and nothing was changed.
+            If names, shapes or types differ; lists every difference, and nothing was changed. Or if an object
+            refuses what was saved of it; others are then overwritten already.
         IntegrityError
             If bytes are damaged; the objects are then partly overwritten, and must be restored from
             another checkpoint.
@@ -276,17 +278,32 @@ class TrackedState:
                 wanted[name, local.data_ptr()] = Wanted(name, self._box_of(name, tensor), local)
         with torch.no_grad():
             reader.read_all(wanted.values())
-        for key, item in self._items.items():
-            state = objects.decode(tree[key], lambda tag, name: leaf(tag, targets[name][1]))
-            if key in self._modules:
-                set_model_state_dict(item, state)
-            elif key in self._owners:
-                set_optimizer_state_dict(self._owners[key], item, state)
-            elif isinstance(item, dict):
-                item.clear()
-                item.update(state)
-            else:
-                item.load_state_dict(state)
+        states = {
+            key: objects.decode(tree[key], lambda tag, name: leaf(tag, targets[name][1]))
+            for key in self._items
+        }
+        for key, state in states.items():
+            try:
+                self._set(key, state)
+            except Exception as error:
+                raise MismatchError(
+                    f"{reader.folder}: {key} can't be restored from what was saved of it: "
+                    f"{type(error).__name__}: {error!s:.300}"
+                ) from error
+
+    def _set(self, key: str, state: Any) -> None:
+        item = self._items[key]
+        if key in self._modules:
+            set_model_state_dict(item, state)
+        elif key in self._owners:
+            # Not strict: a parameter that never had a gradient has no state to restore.
+            set_optimizer_state_dict(self._owners[key], item, state, options=StateDictOptions(strict=False))
+        elif isinstance(item, dict):
+            fresh = dict(state)
+            item.clear()
+            item.update(fresh)
+        else:
+            item.load_state_dict(state)
 
     def _box_of(self, name: str, tensor: torch.Tensor) -> Box:
         if not isinstance(tensor, DTensor):
@@ -311,8 +328,10 @@ class TrackedState:
                 f"get: continue on {manifest.world_size} ranks, or track only state that all ranks share"
             )
         if self._rank in manifest.differing_ranks:
-            data = self.private(reader, self._rank)["objects"].numpy().tobytes()
-            return objects.parse(data)
+            own = self.private(reader, self._rank).get("objects")
+            if own is None or own.dtype != torch.uint8:
+                raise IntegrityError(f"{reader.folder}: rank {self._rank}'s non-tensor state is not there")
+            return objects.parse(own.numpy().tobytes())
         return manifest.objects
 
     def _targets(self, tree: Any, reader: CheckpointReader) -> dict[str, tuple[str, torch.Tensor]]:
@@ -323,9 +342,7 @@ class TrackedState:
         targets: dict[str, tuple[str, torch.Tensor]] = {}
         for key in self._items.keys() & tree.keys():
             names = objects.tensor_names(tree[key])
-            for stored in names.values():
-                if stored not in reader.manifest.structure.tensors:
-                    raise IntegrityError(f"{reader.folder}: {stored} stands in the state but has no bytes")
+            _check_names(names, targets, reader)
             have = self._present(key)
             if key in self._modules:
                 problems += [
@@ -357,3 +374,12 @@ class TrackedState:
         """Return the tensors of an item as it is now, by each of their names."""
         tree, leaves = flatten(key, self._state_of(key))
         return {name: leaves[stored] for name, stored in objects.tensor_names(tree).items()}
+
+
+def _check_names(names: Mapping[str, str], earlier: Mapping[str, Any], reader: CheckpointReader) -> None:
+    """Check that each tensor of a state is stored, and is not another tracked object's too."""
+    for name, stored in names.items():
+        if stored not in reader.manifest.structure.tensors:
+            raise IntegrityError(f"{reader.folder}: {stored} stands in the state but has no bytes")
+        if name in earlier:
+            raise IntegrityError(f"{reader.folder}: {name} stands in the state twice")

@@ -19,8 +19,11 @@ from hpc_resume.checkpoint.dtypes import item_bytes
 from hpc_resume.checkpoint.layout import Layout, split_replicas
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
+from hpc_resume.untrusted import brief, check_text
 
 MAX_DIMENSIONS = 64
+#: Bytes of a tensor, not counting dimensions that are empty: PyTorch multiplies these without looking.
+_MAX_TENSOR_BYTES = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,7 @@ class TensorRecord:
     pieces: tuple[tuple[int, Box], ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.shape) > MAX_DIMENSIONS or any(extent < 0 for extent in self.shape):
-            raise IntegrityError(f"no shape of a tensor: {list(self.shape)}")
-        if math.prod(self.shape) * item_bytes(self.dtype) >= 1 << 62:
-            raise IntegrityError(f"a tensor of shape {list(self.shape)} is larger than any file")
+        check_shape(self.shape, item_bytes(self.dtype))
         if self.layout is None:
             if not covers_once(self.shape, [box for _, box in self.pieces]):
                 raise IntegrityError(
@@ -83,7 +83,8 @@ class Structure:
     def __init__(self, tensors: Mapping[str, TensorRecord]) -> None:
         self.tensors: dict[str, TensorRecord] = dict(sorted(tensors.items()))
         self._shares: dict[tuple[int, ...], dict[str, list[tuple[int, Box]]]] = {}
-        self._by_layout: dict[Layout, list[str]] | None = None
+        self._shared: dict[tuple[int, ...], list[tuple[Layout, int]]] | None = None
+        self._by_layout: dict[Layout, list[str]] = {}
         self._digest: str | None = None
 
     def __eq__(self, other: object) -> bool:
@@ -129,7 +130,7 @@ class Structure:
     def parts(self, name: str, want: Box) -> Iterator[tuple[int, Box]]:
         """Give the stored boxes that share elements with a box, each with the rank that stores it."""
         record = self.tensors[name]
-        if record.layout is not None and len(record.layout.ranks) == 1:
+        if record.layout is not None and len(record.layout.ranks) == 1 and not record.layout.splits:
             if want.volume:  # stored whole, in one piece: nothing to search
                 yield record.layout.ranks[0], Box.whole(record.shape)
             return
@@ -151,21 +152,28 @@ class Structure:
     def _replicas(self, holders: tuple[int, ...]) -> dict[str, list[tuple[int, Box]]]:
         """Who stores what of all that these ranks hold together, by name."""
         if holders not in self._shares:
-            if self._by_layout is None:
-                self._by_layout = {}
-                for name, record in self.tensors.items():
-                    if record.layout is not None:
-                        self._by_layout.setdefault(record.layout, []).append(name)
+            if self._shared is None:
+                self._shared = self._find_shared()
             members = []
-            for layout, names in self._by_layout.items():
-                group = layout.group_of(holders[0])
-                if group is None or layout.holders(group) != holders:
-                    continue
-                for name in names:
+            for layout, group in self._shared.get(holders, ()):
+                for name in self._by_layout[layout]:
                     record = self.tensors[name]
                     members.append((name, layout.box(record.shape, group), record.item_bytes))
             self._shares[holders] = split_replicas(sorted(members, key=lambda member: member[0]), holders)
         return self._shares[holders]
+
+    def _find_shared(self) -> dict[tuple[int, ...], list[tuple[Layout, int]]]:
+        """Which boxes of which layouts the same ranks hold together; one look at each rank of each layout."""
+        for name, record in self.tensors.items():
+            if record.layout is not None:
+                self._by_layout.setdefault(record.layout, []).append(name)
+        shared: dict[tuple[int, ...], list[tuple[Layout, int]]] = {}
+        for layout in self._by_layout:
+            if layout.groups == len(layout.ranks):
+                continue  # every rank has a box of its own
+            for group in range(layout.groups):
+                shared.setdefault(layout.holders(group), []).append((layout, group))
+        return shared
 
     def to_json(self) -> JsonObject:
         """JSON form: each layout once, tensors by name."""
@@ -189,21 +197,26 @@ class Structure:
         IntegrityError, ValueError, TypeError, LookupError
             If it is none.
         """
-        layouts = [Layout.from_json(layout, world_size=world_size) for layout in record["layouts"]]
+        layouts: list[Layout] = []
+        room = most_placed(world_size)
+        for layout in record["layouts"]:
+            layouts.append(Layout.from_json(layout, world_size=world_size, most_ranks=room))
+            room -= len(layouts[-1].ranks)
         tensors = {}
         for name, entry in record["tensors"].items():
+            check_text(name)
             shape = integers(entry["shape"])
-            dtype = entry["dtype"]
+            dtype = string(entry["dtype"])
             if "layout" in entry:
                 number = integer(entry["layout"])
                 if not 0 <= number < len(layouts):
-                    raise IntegrityError(f"{name}: layout {number} of {len(layouts)}")
+                    raise IntegrityError(f"{name:.100}: layout {number} of {len(layouts)}")
                 tensors[name] = TensorRecord(shape, dtype, layouts[number])
                 continue
             pieces = []
             for owner, start, size in entry["pieces"]:
                 if not 0 <= integer(owner) < world_size:
-                    raise IntegrityError(f"{name}: a box of rank {owner} of {world_size}")
+                    raise IntegrityError(f"{name:.100}: a box of rank {owner} of {world_size}")
                 pieces.append((owner, Box(integers(start), integers(size))))
             tensors[name] = TensorRecord(shape, dtype, None, tuple(pieces))
         return cls(tensors)
@@ -245,21 +258,44 @@ def _describe(record: TensorRecord) -> str:
 def integer(value: Any) -> int:
     """Return a 64-bit integer as it is; anything else from a file is a TypeError."""
     if type(value) is not int or abs(value) >= 1 << 63:
-        raise TypeError(f"{value!r:.40} is no 64-bit integer")
+        raise TypeError(f"{brief(value)} is no 64-bit integer")
     return value
 
 
 def integers(values: Any) -> tuple[int, ...]:
     """Return a list of 64-bit integers as a tuple; see :func:`integer`."""
     if type(values) is not list:
-        raise TypeError(f"{values!r:.40} is no list")
+        raise TypeError(f"{brief(values)} is no list")
     if values and (set(map(type, values)) != {int} or max(values) >= 1 << 63 or min(values) <= -1 << 63):
-        raise TypeError(f"{values!r:.40} are no 64-bit integers")
+        raise TypeError(f"{brief(values)} are no 64-bit integers")
     return tuple(values)
 
 
 def string(value: Any) -> str:
-    """Return a string as it is; anything else from a file is a TypeError."""
+    """Return a string that can be written as UTF-8; anything else from a file is a TypeError or ValueError."""
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} is no string")
-    return value
+        raise TypeError(f"{brief(value)} is no string")
+    return check_text(value)
+
+
+def check_shape(shape: Sequence[int], item_bytes: int) -> None:
+    """Check that there can be a tensor of a shape.
+
+    Raises
+    ------
+    IntegrityError
+        If not.
+    """
+    if len(shape) > MAX_DIMENSIONS or any(extent < 0 for extent in shape):
+        raise IntegrityError(f"no shape of a tensor: {brief(list(shape))}")
+    if math.prod(extent or 1 for extent in shape) * item_bytes >= _MAX_TENSOR_BYTES:
+        raise IntegrityError(f"a tensor of shape {brief(list(shape))} is larger than any file")
+
+
+def most_placed(world_size: int) -> int:
+    """How many ranks all layouts of a manifest may have together.
+
+    A layout takes a line however many ranks it has, so a short file could ask for any amount of memory. No
+    more than some dozen layouts of all ranks are known to occur.
+    """
+    return max(64 * world_size, 1 << 20)

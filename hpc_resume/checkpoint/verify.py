@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from hpc_resume.checkpoint.blocks import checks
+from hpc_resume.checkpoint.blocks import Partitions
 from hpc_resume.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from hpc_resume.checkpoint.shardfile import ShardFile
+from hpc_resume.checkpoint.shardfile import Check, ShardFile
 from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.journal import read_events
 from hpc_resume.records import check_records, configuration_path
 from hpc_resume.rundir import RunDirectory
+
+#: Boxes that are promised and missing are told one by one up to this many a shard.
+_TELL = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +80,7 @@ def verify_run(root: Path, *, threads: int = 2, progress: Progress | None = None
     if not run.checkpoints.is_dir():
         return [*findings, Finding(path=run.checkpoints, problem="is gone")]
     whole: list[tuple[Path, Manifest]] = []
-    for name in sorted(os.listdir(run.checkpoints)):  # noqa: PTH208 - names are all that is needed
+    for name in _names(run.checkpoints, findings):
         folder = run.checkpoints / name
         try:
             manifest = read_manifest(folder)
@@ -117,16 +122,19 @@ def _verify_shards(
         folder, manifest, rank = job
         return _verify_shard(folder, manifest, rank, count)
 
-    findings = []
+    findings: list[Finding] = []
     for folder, manifest in checkpoints:
         expected = {MANIFEST, *(shard.file for shard in manifest.shards)}
         findings += [
             Finding(path=folder / name, problem="does not belong to the checkpoint")
-            for name in sorted(set(os.listdir(folder)) - expected)  # noqa: PTH208 - as above
+            for name in _names(folder, findings)
+            if name not in expected
         ]
     with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="hpc-resume-verify") as pool:
         for found in pool.map(work, jobs):
             findings += found
+    if progress is not None:
+        progress(total, total)
     return findings
 
 
@@ -136,20 +144,16 @@ def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[
     path = folder / recorded.file
     findings: list[Finding] = []
     try:
-        size_bytes = path.lstat().st_size
-        if size_bytes != recorded.size_bytes:
-            findings.append(
-                Finding(path=path, problem=f"{size_bytes} bytes, but {recorded.size_bytes} were written")
-            )
         file = ShardFile.open(folder, manifest, rank)
     except (OSError, IntegrityError) as error:
         return [*findings, Finding(path=path, problem=_bare(error, path))]
     try:
         for number, entry in enumerate(file.index.entries):
             try:
-                for check in checks(entry.cut, 0, entry.length):
-                    file.read_checked(number, [check], memoryview(bytearray(check[1] - check[0])))
-                    count(check[1] - check[0])
+                for checks in _all_checks(entry.cut):
+                    low, high, _ = checks[0]
+                    file.read_checked(number, checks, memoryview(bytearray(high - low)))
+                    count(high - low)
             except IntegrityError as error:
                 findings.append(Finding(path=path, problem=_bare(error, path)))
         if not findings and file.rest_checksum() != recorded.rest:
@@ -163,18 +167,44 @@ def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[
     return findings
 
 
+def _all_checks(cut: Partitions) -> Iterator[list[Check]]:
+    """Give every checksum of a box, by segments: each with those of its blocks, which others will read alone."""
+    blocks, segments = cut[0], cut[-1]
+    for number, (low, high) in enumerate(pairwise(segments)):
+        first, last = bisect_left(blocks, low), bisect_left(blocks, high)
+        parts = [(blocks[place], blocks[place + 1], place) for place in range(first, last)]
+        yield parts if len(cut) == 1 else [(low, high, len(blocks) - 1 + number), *parts]
+
+
 def _promised(file: ShardFile, manifest: Manifest, rank: int) -> Iterator[Finding]:
     """Find boxes that a shard must hold by the manifest and does not."""
+    told = 0
     for name, box in manifest.structure.stored_by(rank):
+        record = manifest.structure.tensors[name]
         try:
-            file.index.find(name, box)
+            entry = file.index.entries[file.index.find(name, box)]
+            if (entry.dtype, entry.shape) != (record.dtype, record.shape):
+                raise IntegrityError(f"{name}: is another tensor in its index")
         except IntegrityError as error:
+            told += 1
+            if told > _TELL:
+                yield Finding(path=file.path, problem="and more boxes are not in its index")
+                return
             yield Finding(path=file.path, problem=str(error))
 
 
 def _bare(error: Exception, path: Path) -> str:
     """Take the path off the beginning of a message: a finding has it already."""
     return str(error).removeprefix(f"{path}: ")
+
+
+def _names(folder: Path, findings: list[Finding]) -> list[str]:
+    """Names in a folder, sorted; none, and a finding, if it can't be listed."""
+    try:
+        return sorted(os.listdir(folder))  # noqa: PTH208 - names are all that is needed
+    except OSError as error:
+        findings.append(Finding(path=folder, problem=f"can't be listed ({error.strerror})"))
+        return []
 
 
 def _missing(run: RunDirectory) -> Iterator[Finding]:
@@ -187,7 +217,11 @@ def _missing(run: RunDirectory) -> Iterator[Finding]:
         {path.name.split(".")[0] for path in run.quarantine.glob("*-*")} if run.quarantine.is_dir() else set()
     )
     for attempt in run.attempt_numbers():
-        for event in read_events(run.attempt(attempt) / "events.jsonl"):
+        try:
+            events = read_events(run.attempt(attempt) / "events.jsonl")
+        except IntegrityError:
+            continue  # told already
+        for event in events:
             name = event.get("checkpoint")
             if event.get("event") == "saved" and isinstance(name, str) and name not in known | aside:
                 yield Finding(path=run.checkpoints / name, problem="was committed, and is gone")
