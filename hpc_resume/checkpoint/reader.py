@@ -7,11 +7,11 @@ whole blocks; else through a small buffer, a few blocks at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpc_resume.checkpoint import dtypes
 from hpc_resume.checkpoint.blocks import SEGMENT_BYTES, SINGLE_BLOCK_BYTES, checks
@@ -106,27 +106,21 @@ class CheckpointReader:
         IntegrityError
             If bytes are damaged or missing; the outputs are then undefined.
         """
-        direct: list[_Part] = []
         small: dict[tuple[int, int], list[tuple[int, _Part]]] = {}
-        for each in wanted:
-            if tuple(each.out.shape) != each.box.size:
-                raise ValueError(f"{each.name}: {tuple(each.out.shape)} for a box of {each.box.size}")
-            for rank, part in self._parts(each):
-                run = part.entry.runs[0]
-                if part.entry.length <= SINGLE_BLOCK_BYTES and len(part.entry.runs) == 1:
-                    small.setdefault((rank, run.file), []).append((run.offset, part))
-                else:
-                    direct.append(part)
-        tasks: list[tuple[_Part, int, int]] = []
-        for part in direct:
-            tasks += _split(part)
-        groups = [group for parts in small.values() for group in _neighbours(parts)]
-        if len(tasks) + len(groups) <= 1 or self._threads == 1:
-            counts = [*map(self._read_group, groups), *map(_read_rows, tasks)]
-        else:
-            with ThreadPoolExecutor(self._threads, thread_name_prefix="hpc-resume-read") as pool:
-                counts = [*pool.map(_read_rows, tasks), *pool.map(self._read_group, groups)]
-        self.bytes_read += sum(counts)
+        reads: list[Future[int]] = []
+        with _Readers(self._threads) as readers:
+            for each in wanted:  # the first ones are being read while the next ones are planned
+                if tuple(each.out.shape) != each.box.size:
+                    raise ValueError(f"{each.name}: {tuple(each.out.shape)} for a box of {each.box.size}")
+                for rank, part in self._parts(each):
+                    run = part.entry.runs[0]
+                    if part.entry.length <= SINGLE_BLOCK_BYTES and len(part.entry.runs) == 1:
+                        small.setdefault((rank, run.file), []).append((run.offset, part))
+                    else:
+                        reads += [readers.submit(_read_rows, task) for task in _split(part)]
+            for parts in small.values():
+                reads += [readers.submit(self._read_group, group) for group in _neighbours(parts)]
+            self.bytes_read += sum(read.result() for read in reads)
 
     def private(self, rank: int, prefix: str) -> dict[str, torch.Tensor]:
         """Read what a rank stored for itself, by the rest of the name."""
@@ -218,6 +212,23 @@ class CheckpointReader:
         with torch.no_grad():
             torch._foreach_copy_(targets, sources)
         return end - begin
+
+
+class _Readers:
+    """Threads that read; an error leaves what has not begun undone."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hpc-resume-read")
+
+    def __enter__(self) -> _Readers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, function: Callable[[Any], int], task: Any) -> Future[int]:
+        """Read something; the result is the number of bytes."""
+        return self._pool.submit(function, task)
 
 
 def _as(raw: torch.Tensor, low: int, entry: Entry, size: Sequence[int]) -> torch.Tensor:

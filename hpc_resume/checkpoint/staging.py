@@ -158,7 +158,10 @@ class Staging:
         self, path: Path, snapshot: Snapshot, *, own: bool, only_changed: bool
     ) -> tuple[WrittenShard, Image, int]:
         """Write the whole shard, or what has changed of it; returns how many bytes of tensors were written."""
-        arena = None if snapshot.arena is None else snapshot.arena.bytes
+        arena = None
+        if snapshot.arena is not None:
+            snapshot.arena.wait()
+            arena = snapshot.arena.bytes
         table = None
         base = self._base
         look = only_changed or (self._longest_chain > 0 and base is not None and self._looking.due())

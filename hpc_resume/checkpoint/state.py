@@ -363,7 +363,10 @@ class TrackedState:
                     targets[name] = stored, made[stored]
         if problems:
             raise MismatchError(
-                f"{reader.folder}: does not fit the tracked state:\n  " + "\n  ".join(sorted(problems))
+                f"{reader.folder}: does not fit the tracked state:\n  "
+                + "\n  ".join(sorted(problems))
+                + "\nTrack what the checkpoint was taken of, or begin a new run in another run_dir; to take over "
+                "what fits: hr.Checkpoint(old_run_dir).load_into(model, strict=False)"
             )
         return targets
 

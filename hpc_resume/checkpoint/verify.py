@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from bisect import bisect_left
@@ -17,14 +16,11 @@ from hpc_resume.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from hpc_resume.checkpoint.shardfile import Check, ShardFile
 from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.journal import read_events
+from hpc_resume.records import check_records, configuration_path
 from hpc_resume.rundir import RunDirectory
-from hpc_resume.untrusted import check_nesting, parse_json, read_regular
 
 #: Boxes that are promised and missing are told one by one up to this many a shard.
 _TELL = 8
-#: Longest attempt.json, journal.
-_LONGEST_RECORD_BYTES = 1 << 24
-_LONGEST_JOURNAL_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +73,9 @@ def verify_run(root: Path, *, threads: int = 2, progress: Progress | None = None
     except CheckpointNotFound:
         if not run.checkpoints.is_dir() and not run.attempts.is_dir():
             raise
-        findings.append(Finding(path=run.identity_path, problem="is gone"))
-    except IntegrityError as error:
-        findings.append(Finding(path=run.identity_path, problem=str(error)))
-    findings += _journals(run)
+    except IntegrityError:
+        pass  # among the records
+    findings += [Finding(path=path, problem=problem) for path, problem in check_records(run)]
     findings += _missing(run)
     if not run.checkpoints.is_dir():
         return [*findings, Finding(path=run.checkpoints, problem="is gone")]
@@ -90,10 +85,13 @@ def verify_run(root: Path, *, threads: int = 2, progress: Progress | None = None
         try:
             manifest = read_manifest(folder)
         except IntegrityError as error:
-            findings.append(Finding(path=folder / MANIFEST, problem=str(error)))
+            findings.append(Finding(path=folder / MANIFEST, problem=_bare(error, folder / MANIFEST)))
             continue
         if run_id is not None and manifest.run_id != run_id:
             findings.append(Finding(path=folder / MANIFEST, problem=f"belongs to run {manifest.run_id}"))
+        if manifest.config is not None and not configuration_path(run, manifest.config).is_file():
+            gone = configuration_path(run, manifest.config)
+            findings.append(Finding(path=gone, problem=f"is gone; {name} was written with it"))
         whole.append((folder, manifest))
     return findings + _verify_shards(whole, threads, progress)
 
@@ -198,34 +196,6 @@ def _promised(file: ShardFile, manifest: Manifest, rank: int) -> Iterator[Findin
 def _bare(error: Exception, path: Path) -> str:
     """Take the path off the beginning of a message: a finding has it already."""
     return str(error).removeprefix(f"{path}: ")
-
-
-def _journals(run: RunDirectory) -> Iterator[Finding]:
-    """Find attempts whose record or journal can't be read; only a journal's last line may be torn."""
-    for attempt in run.attempt_numbers():
-        record = run.attempt(attempt) / "attempt.json"
-        journal = run.attempt(attempt) / "events.jsonl"
-        try:
-            written = parse_json(read_regular(record, longest_bytes=_LONGEST_RECORD_BYTES))
-            check_nesting(written, 16)
-            if not isinstance(written, dict):
-                yield Finding(path=record, problem="damaged (no JSON object)")
-        except FileNotFoundError:
-            pass  # its first rank died before it could write it
-        except (OSError, ValueError) as error:
-            yield Finding(path=record, problem=f"damaged ({error})")
-        try:
-            whole_lines = read_regular(journal, longest_bytes=_LONGEST_JOURNAL_BYTES).split(b"\n")[:-1]
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            yield Finding(path=journal, problem=f"can't be read ({error.strerror})")
-            continue
-        for number, line in enumerate(whole_lines, 1):
-            try:
-                json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield Finding(path=journal, problem=f"line {number} is damaged ({error!s:.200})")
 
 
 def _names(folder: Path, findings: list[Finding]) -> list[str]:

@@ -280,8 +280,6 @@ class Saver:
     def _write(self, header: Header, snapshot: Snapshot, only_changed: bool) -> None:
         """Write this rank's part, and commit if it is the last one; on the background thread or not."""
         try:
-            if snapshot.arena is not None:
-                snapshot.arena.wait()
             self._staging.write(header, snapshot, only_changed=only_changed)
             if self._store.add(f"receipts/{header.step}", 1) == self._environment.world_size:
                 self._commit(header.step)

@@ -202,6 +202,7 @@ def run_case(case: Case, base: Path, folder: Path) -> dict[str, Any]:
 def main(folder: Path, patterns: list[str]) -> None:
     torch.set_num_threads(1)
     make_run(folder / "base")
+    look(folder / "base")  # imports what is imported late, once for all
     share, shares = 0, 1
     if patterns[:1] == ["--share"]:
         share, shares = map(int, patterns[1].split("/"))
