@@ -14,6 +14,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpc_resume.journal import write_line
+from hpc_resume.rundir import sealed
 from tests.hostile.base import CHANGED, FULL
 from tests.hostile.forge import Forge
 
@@ -453,13 +455,24 @@ def _bombs() -> Iterator[Case]:
     yield Case(
         "an-attempt-90000-deep", lambda run: (run / "attempts/0001/attempt.json").write_bytes(b"[" * 90_000)
     )
+    yield Case(
+        "an-attempt-400-deep",
+        lambda run: (run / "attempts/0001/attempt.json").write_bytes(
+            b'{"schema": 2, "attempt": 1, "x": ' + b"[" * 400 + b"]" * 400 + b"}"
+        ),
+    )
+    yield Case("an-attempt-far-off", lambda run: (run / "attempts" / "999999999999999999").mkdir())
+    yield Case("a-configuration-outside", _recorded(("config",), "../../outside/secret"))
+    yield Case("a-configuration-of-a-long-name", _recorded(("config",), "0" * 100_000))
     wrong = {"event": "restored", "step": "x", "t": "y", "decision": [], "cause": {}}
     yield Case(
         "a-journal-of-other-types",
-        lambda run: (run / "attempts/0001/events.jsonl").write_text(json.dumps(wrong) + "\n"),
+        lambda run: (run / "attempts/0001/events.jsonl").write_bytes(write_line(wrong)),
         harmless=True,
     )
     odd = {
+        "schema": 2,
+        "attempt": 1,
         "nodes": 5,
         "started": "yesterday",
         "world_size": [],
@@ -469,7 +482,7 @@ def _bombs() -> Iterator[Case]:
     }
     yield Case(
         "an-attempt-of-other-types",
-        lambda run: (run / "attempts/0001/attempt.json").write_text(json.dumps(odd)),
+        lambda run: (run / "attempts/0001/attempt.json").write_bytes(sealed(odd)),
         harmless=True,
     )
 
