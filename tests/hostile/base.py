@@ -114,7 +114,7 @@ class Writer:
         for name, record in structure.tensors.items():
             layout = everybody
             if len(record.shape) == 2:
-                layout = layouts[name.startswith("optimizer")]
+                layout = layouts[name.startswith("optimizer") or "columns" in name]
             records[name] = TensorRecord(record.shape, record.dtype, layout)
         return Structure(records)
 
