@@ -13,18 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hpc_resume.checkpoint import dtypes, objects
+from hpc_resume.checkpoint import dtypes, objects, optimizers
 from hpc_resume.checkpoint.boxes import Box
-from hpc_resume.checkpoint.fit import key_problems, shape_problems, target_for
+from hpc_resume.checkpoint.fit import alike, key_problems, shape_problems, target_for, tied
 from hpc_resume.checkpoint.image import Piece
 from hpc_resume.checkpoint.layout import Layout
 from hpc_resume.checkpoint.leaves import flatten, leaf
@@ -226,7 +221,7 @@ class TrackedState:
         if key in self._modules:
             return get_model_state_dict(item)
         if key in self._owners:
-            return get_optimizer_state_dict(self._owners[key], item)
+            return optimizers.state_of(self._owners[key], item)
         return item if isinstance(item, dict) else item.state_dict()
 
     def _replicated_storages(self) -> set[int]:
@@ -278,7 +273,7 @@ class TrackedState:
             if key in self._modules:
                 set_model_state_dict(item, state)
             elif key in self._owners:
-                set_optimizer_state_dict(self._owners[key], item, state)
+                optimizers.load_state(self._owners[key], item, state)
             elif isinstance(item, dict):
                 item.clear()
                 item.update(state)
@@ -323,23 +318,16 @@ class TrackedState:
             for stored in names.values():
                 if stored not in reader.manifest.structure.tensors:
                     raise IntegrityError(f"{reader.folder}: {stored} stands in the state but has no bytes")
-            have = self._present(key)
             if key in self._modules:
-                problems += [
-                    f"{n}: in the model, not in the checkpoint" for n in sorted(have.keys() - names.keys())
-                ]
-                problems += [
-                    f"{n}: in the checkpoint, not in the model" for n in sorted(names.keys() - have.keys())
-                ]
-                for name in have.keys() & names.keys():
-                    problems += shape_problems(name, have[name], names[name], reader)
-                targets.update({n: (names[n], have[n]) for n in names.keys() & have.keys()})
+                problems += self._module_targets(key, names, reader, targets)
+            elif key in self._owners:
+                problems += self._optimizer_targets(key, tree[key], reader, targets)
             else:
-                fresh = key not in self._owners
+                have = self._present(key, self._state_of(key))
                 made: dict[str, torch.Tensor] = {}
                 for name, stored in names.items():
                     if stored not in made:
-                        made[stored] = target_for(have.get(name), stored, reader, fresh=fresh)
+                        made[stored] = target_for(have.get(name), stored, reader)
                     targets[name] = stored, made[stored]
         if problems:
             raise MismatchError(
@@ -347,7 +335,54 @@ class TrackedState:
             )
         return targets
 
-    def _present(self, key: str) -> dict[str, torch.Tensor]:
+    def _module_targets(
+        self,
+        key: str,
+        names: Mapping[str, str],
+        reader: CheckpointReader,
+        targets: dict[str, tuple[str, torch.Tensor]],
+    ) -> list[str]:
+        """Add the tensors of a module to read into: its own; returns in what it differs."""
+        have = self._present(key, self._state_of(key))
+        problems = [f"{n}: in the model, not in the checkpoint" for n in sorted(have.keys() - names.keys())]
+        problems += [f"{n}: in the checkpoint, not in the model" for n in sorted(names.keys() - have.keys())]
+        both = {name: stored for name, stored in names.items() if name in have}
+        misfits = [
+            p for name, stored in both.items() for p in shape_problems(name, have[name], stored, reader)
+        ]
+        for first, other in () if misfits else tied(both, have):
+            box = self._box_of(first, have[first])
+            if not alike(both[first], both[other], box, reader):
+                misfits.append(
+                    f"{first}, {other}: one tensor in the model, two that differ in the checkpoint"
+                )
+            both[other] = both[first]
+        targets.update({name: (stored, have[name]) for name, stored in both.items()})
+        return problems + misfits
+
+    def _optimizer_targets(
+        self, key: str, saved: Any, reader: CheckpointReader, targets: dict[str, tuple[str, torch.Tensor]]
+    ) -> list[str]:
+        """Add the tensors of an optimizer to read into: its own; returns in what it differs."""
+        present = optimizers.state_to_fill(self._owners[key], self._items[key])
+        problems = optimizers.group_problems(key, saved, present)
+        parameters = optimizers.parameters_of(self._items[key], present)
+        have = self._present(key, present)
+        for name, stored in objects.tensor_names(saved).items():
+            record = reader.manifest.structure.tensors[stored]
+            mine = have.get(name)
+            if mine is None:
+                reader.check_size(stored)
+                mine = optimizers.made_for(name, record, key, parameters)
+            elif tuple(mine.shape) != record.shape:
+                problems += shape_problems(name, mine, stored, reader)
+            elif dtypes.name_of(mine.dtype) != record.dtype:
+                mine = target_for(mine, stored, reader)
+            targets[name] = stored, mine
+        return problems
+
+    @staticmethod
+    def _present(key: str, state: Any) -> dict[str, torch.Tensor]:
         """Return the tensors of an item as it is now, by each of their names."""
-        tree, leaves = flatten(key, self._state_of(key))
+        tree, leaves = flatten(key, state)
         return {name: leaves[stored] for name, stored in objects.tensor_names(tree).items()}
