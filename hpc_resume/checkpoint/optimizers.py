@@ -1,13 +1,14 @@
 """The state of an optimizer by the names of its parameters, taken and put back without side effects.
 
 ``torch.distributed.checkpoint.state_dict`` does the naming. Around it stands what it does to an optimizer on the
-way: it steps one that has no state yet, to make it some; it refuses parameters that never had a gradient; and it
-casts state to the type of its parameter.
+way: it steps one that has no state yet, to make it some; it refuses parameters that never had a gradient; it
+leaves out the state of frozen ones; and it casts state to the type of its parameter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,9 @@ def state_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 def state_to_fill(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Take the state, or let PyTorch make it, so that there are tensors to read into."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:  # LBFGS can't be stepped blindly
+        return state_of(module, optimizer)
     return get_optimizer_state_dict(module, optimizer)
 
 
@@ -62,11 +66,14 @@ def load_state(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state:
     """Put a state back; its tensors become the optimizer's own."""
     with _left_alone(optimizer):
         set_optimizer_state_dict(module, optimizer, state, options=StateDictOptions(strict=False))
-    # PyTorch casts to the type of the parameter, which is not the type that every optimizer has chosen.
     for name, parameter in parameters_of(optimizer, state_of(module, optimizer)).items():
+        saved = state["state"].get(name, {})
+        if saved and parameter not in optimizer.state:  # left out: the parameter is frozen
+            optimizer.state[parameter] = saved
         own = optimizer.state.get(parameter, {})
-        for key, value in state["state"].get(name, {}).items():
+        for key, value in saved.items():
             loaded = own.get(key)
+            # Cast to the type of the parameter, which is not what every optimizer has chosen.
             if key != "step" and isinstance(loaded, torch.Tensor) and loaded.dtype != value.dtype:
                 own[key] = value.to(loaded.device)
 

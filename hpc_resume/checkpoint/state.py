@@ -21,7 +21,7 @@ from hpc_resume.checkpoint import dtypes, objects, optimizers
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.fit import alike, key_problems, shape_problems, target_for, tied
 from hpc_resume.checkpoint.image import Piece
-from hpc_resume.checkpoint.layout import Layout
+from hpc_resume.checkpoint.layout import Layout, spread
 from hpc_resume.checkpoint.leaves import flatten, leaf
 from hpc_resume.checkpoint.placement import layout_of, local_of
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
@@ -165,7 +165,7 @@ class TrackedState:
 
     def _plan(self, leaves: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> _Plan:
         """Decide who stores what; the same plan as before while nothing but values has changed."""
-        replicated = self._replicated_storages() if self._replicas else set()
+        replicated = self._replicated_storages() if self._replicas else {}
         signature: list[Any] = [
             (
                 name,
@@ -173,7 +173,7 @@ class TrackedState:
                 tensor.dtype,
                 (tensor.device_mesh, tensor.placements, tensor.to_local().shape)
                 if isinstance(tensor, DTensor)
-                else tensor.data_ptr() in replicated,
+                else replicated.get(tensor.data_ptr()),
             )
             for name, tensor in leaves.items()
         ]
@@ -188,15 +188,17 @@ class TrackedState:
         signature: list[Any],
         leaves: Mapping[str, torch.Tensor],
         own: Mapping[str, torch.Tensor],
-        replicated: set[int],
+        replicated: Mapping[int, Layout],
     ) -> _Plan:
-        everybody, leader = Layout.replicated(range(self._world_size)), Layout.replicated((0,))
+        leader = Layout.replicated((0,))
+        sharded = {n: layout_of(n, t, self._rank) for n, t in leaves.items() if isinstance(t, DTensor)}
+        whole = spread(sharded.values())
         records = {}
         for name, tensor in leaves.items():
-            if isinstance(tensor, DTensor):
-                layout = layout_of(name, tensor, self._rank)
+            if name in sharded:
+                layout = whole[sharded[name]]
             else:
-                layout = everybody if tensor.numel() and tensor.data_ptr() in replicated else leader
+                layout = replicated.get(tensor.data_ptr(), leader) if tensor.numel() else leader
             records[name] = TensorRecord(tuple(tensor.shape), dtypes.name_of(tensor.dtype), layout)
         structure = Structure(records)
         pieces = pieces_of(structure, self._rank)
@@ -224,26 +226,21 @@ class TrackedState:
             return optimizers.state_of(self._owners[key], item)
         return item if isinstance(item, dict) else item.state_dict()
 
-    def _replicated_storages(self) -> set[int]:
-        """Addresses of plain tensors that DDP keeps equal on all ranks: parameters and their moments."""
-        parameters = {
-            id(parameter)
-            for tracked in self._modules.values()
-            for module in tracked.modules()
-            if isinstance(module, DistributedDataParallel)
-            for parameter in module.parameters()
-        }
-        found = set()
-        for module in self._modules.values():
-            found |= {p.data_ptr() for p in module.parameters() if id(p) in parameters}
+    def _replicated_storages(self) -> dict[int, Layout]:
+        """Addresses of plain tensors that DDP keeps equal on the ranks of a group: parameters and their moments."""
+        parameters = {}
+        for tracked in self._modules.values():
+            for module in tracked.modules():
+                if isinstance(module, DistributedDataParallel):
+                    ranks = sorted(torch.distributed.get_process_group_ranks(module.process_group))
+                    parameters.update(dict.fromkeys(module.parameters(), Layout.replicated(ranks)))
+        found = {parameter.data_ptr(): layout for parameter, layout in parameters.items()}
         for key in self._owners:
             for parameter, state in self._items[key].state.items():
-                if id(parameter) in parameters:
-                    found |= {
-                        value.data_ptr()
-                        for value in state.values()
-                        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
-                    }
+                if parameter in parameters:
+                    for value in state.values():
+                        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                            found[value.data_ptr()] = parameters[parameter]
         return found
 
     # ---------------------------------------------------------------- restore
