@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from hpc_resume.checkpoint import dtypes
-from hpc_resume.checkpoint.reader import CheckpointReader
+from hpc_resume.checkpoint.boxes import Box
+from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
 from hpc_resume.errors import MismatchError
 
 
-def target_for(
-    have: torch.Tensor | None, stored: str, reader: CheckpointReader, *, fresh: bool
-) -> torch.Tensor:
-    """Give the tensor to read into: the one that is there if it may be overwritten and fits, or one like it."""
+def target_for(have: torch.Tensor | None, stored: str, reader: CheckpointReader) -> torch.Tensor:
+    """Make the tensor to read into: one like the one that is there, if that fits."""
     record = reader.manifest.structure.tensors[stored]
     dtype = dtypes.torch_dtype(record.dtype)
-    if have is not None and tuple(have.shape) == record.shape and not fresh and have.dtype == dtype:
-        return have
     reader.check_size(stored)
     try:
         if have is not None and tuple(have.shape) == record.shape:
@@ -26,6 +25,33 @@ def target_for(
         raise MismatchError(
             f"{reader.folder}: {stored}: no memory for {record.size_bytes} bytes: {str(error).splitlines()[0]:.200}"
         ) from error
+
+
+def tied(stored: Mapping[str, str], have: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """List the pairs of names that are one tensor in the model and two in the checkpoint.
+
+    Parameters
+    ----------
+    stored
+        Under which name each one is stored.
+    have
+        The model's tensors by the same names.
+    """
+    first: dict[int, str] = {}
+    pairs = []
+    for name, where in stored.items():
+        other = first.setdefault(id(have[name]), name)
+        if stored[other] != where:
+            pairs.append((other, name))
+    return pairs
+
+
+def alike(one: str, other: str, box: Box, reader: CheckpointReader) -> bool:
+    """Whether two stored tensors of one shape and type hold the same bits in a box."""
+    dtype = dtypes.torch_dtype(reader.manifest.structure.tensors[one].dtype)
+    parts = [torch.empty(box.size, dtype=dtype) for _ in range(2)]
+    reader.read_all(map(Wanted, (one, other), (box, box), parts))
+    return torch.equal(*(part.reshape(-1).view(torch.uint8) for part in parts))
 
 
 def key_problems(tracked: set[str], saved: set[str]) -> list[str]:

@@ -80,12 +80,17 @@ def _name(path: tuple[str, ...]) -> str:
 
 
 def _memory_of(tensor: torch.Tensor) -> Any:
-    """Tell what two tensors share that are one; None if it has no memory."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if not local.numel():
+    """Tell what two tensors share that are one; None if they have no elements.
+
+    Tied tensors must be found alike by all ranks, those that hold none of their elements too: there, what they
+    share is the storage that these elements are not in.
+    """
+    if not tensor.numel():
         return None
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    address = local.data_ptr() if local.numel() else local.untyped_storage()._cdata  # noqa: SLF001 - tells storages apart
     spread = tensor.placements if isinstance(tensor, DTensor) else None
-    return local.data_ptr(), local.dtype, local.shape, local.stride(), local.device, tensor.shape, spread
+    return address, local.dtype, local.shape, local.stride(), local.device, tensor.shape, spread
 
 
 def escape(component: str) -> str:

@@ -13,22 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hpc_resume.checkpoint import dtypes, objects
+from hpc_resume.checkpoint import dtypes, objects, optimizers
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.collector import paused_collector
-from hpc_resume.checkpoint.fit import key_problems, shape_problems, target_for
+from hpc_resume.checkpoint.fit import alike, key_problems, shape_problems, target_for, tied
 from hpc_resume.checkpoint.image import Piece
-from hpc_resume.checkpoint.layout import Layout
+from hpc_resume.checkpoint.layout import Layout, spread
 from hpc_resume.checkpoint.leaves import flatten, leaf
 from hpc_resume.checkpoint.placement import layout_of, local_of
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
@@ -173,7 +167,7 @@ class TrackedState:
 
     def _plan(self, leaves: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> _Plan:
         """Decide who stores what; the same plan as before while nothing but values has changed."""
-        replicated = self._replicated_storages() if self._replicas else set()
+        replicated = self._replicated_storages() if self._replicas else {}
         signature: list[Any] = [
             (
                 name,
@@ -181,7 +175,7 @@ class TrackedState:
                 tensor.dtype,
                 (tensor.device_mesh, tensor.placements, tensor.to_local().shape)
                 if isinstance(tensor, DTensor)
-                else tensor.data_ptr() in replicated,
+                else replicated.get(tensor.data_ptr()),
             )
             for name, tensor in leaves.items()
         ]
@@ -196,15 +190,17 @@ class TrackedState:
         signature: list[Any],
         leaves: Mapping[str, torch.Tensor],
         own: Mapping[str, torch.Tensor],
-        replicated: set[int],
+        replicated: Mapping[int, Layout],
     ) -> _Plan:
-        everybody, leader = Layout.replicated(range(self._world_size)), Layout.replicated((0,))
+        leader = Layout.replicated((0,))
+        sharded = {n: layout_of(n, t, self._rank) for n, t in leaves.items() if isinstance(t, DTensor)}
+        whole = spread(sharded.values())
         records = {}
         for name, tensor in leaves.items():
-            if isinstance(tensor, DTensor):
-                layout = layout_of(name, tensor, self._rank)
+            if name in sharded:
+                layout = whole[sharded[name]]
             else:
-                layout = everybody if tensor.numel() and tensor.data_ptr() in replicated else leader
+                layout = replicated.get(tensor.data_ptr(), leader) if tensor.numel() else leader
             records[name] = TensorRecord(tuple(tensor.shape), dtypes.name_of(tensor.dtype), layout)
         structure = Structure(records)
         pieces = pieces_of(structure, self._rank)
@@ -229,29 +225,24 @@ class TrackedState:
         if key in self._modules:
             return get_model_state_dict(item)
         if key in self._owners:
-            return get_optimizer_state_dict(self._owners[key], item)
+            return optimizers.state_of(self._owners[key], item)
         return item if isinstance(item, dict) else item.state_dict()
 
-    def _replicated_storages(self) -> set[int]:
-        """Addresses of plain tensors that DDP keeps equal on all ranks: parameters and their moments."""
-        parameters = {
-            id(parameter)
-            for tracked in self._modules.values()
-            for module in tracked.modules()
-            if isinstance(module, DistributedDataParallel)
-            for parameter in module.parameters()
-        }
-        found = set()
-        for module in self._modules.values():
-            found |= {p.data_ptr() for p in module.parameters() if id(p) in parameters}
+    def _replicated_storages(self) -> dict[int, Layout]:
+        """Addresses of plain tensors that DDP keeps equal on the ranks of a group: parameters and their moments."""
+        parameters = {}
+        for tracked in self._modules.values():
+            for module in tracked.modules():
+                if isinstance(module, DistributedDataParallel):
+                    ranks = sorted(torch.distributed.get_process_group_ranks(module.process_group))
+                    parameters.update(dict.fromkeys(module.parameters(), Layout.replicated(ranks)))
+        found = {parameter.data_ptr(): layout for parameter, layout in parameters.items()}
         for key in self._owners:
             for parameter, state in self._items[key].state.items():
-                if id(parameter) in parameters:
-                    found |= {
-                        value.data_ptr()
-                        for value in state.values()
-                        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
-                    }
+                if parameter in parameters:
+                    for value in state.values():
+                        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                            found[value.data_ptr()] = parameters[parameter]
         return found
 
     # ---------------------------------------------------------------- restore
@@ -296,8 +287,7 @@ class TrackedState:
         if key in self._modules:
             set_model_state_dict(item, state)
         elif key in self._owners:
-            # Not strict: a parameter that never had a gradient has no state to restore.
-            set_optimizer_state_dict(self._owners[key], item, state, options=StateDictOptions(strict=False))
+            optimizers.load_state(self._owners[key], item, state)
         elif isinstance(item, dict):
             fresh = dict(state)
             item.clear()
@@ -343,23 +333,16 @@ class TrackedState:
         for key in self._items.keys() & tree.keys():
             names = objects.tensor_names(tree[key])
             _check_names(names, targets, reader)
-            have = self._present(key)
             if key in self._modules:
-                problems += [
-                    f"{n}: in the model, not in the checkpoint" for n in sorted(have.keys() - names.keys())
-                ]
-                problems += [
-                    f"{n}: in the checkpoint, not in the model" for n in sorted(names.keys() - have.keys())
-                ]
-                for name in have.keys() & names.keys():
-                    problems += shape_problems(name, have[name], names[name], reader)
-                targets.update({n: (names[n], have[n]) for n in names.keys() & have.keys()})
+                problems += self._module_targets(key, names, reader, targets)
+            elif key in self._owners:
+                problems += self._optimizer_targets(key, tree[key], reader, targets)
             else:
-                fresh = key not in self._owners
+                have = self._present(key, self._state_of(key))
                 made: dict[str, torch.Tensor] = {}
                 for name, stored in names.items():
                     if stored not in made:
-                        made[stored] = target_for(have.get(name), stored, reader, fresh=fresh)
+                        made[stored] = target_for(have.get(name), stored, reader)
                     targets[name] = stored, made[stored]
         if problems:
             raise MismatchError(
@@ -370,9 +353,56 @@ class TrackedState:
             )
         return targets
 
-    def _present(self, key: str) -> dict[str, torch.Tensor]:
+    def _module_targets(
+        self,
+        key: str,
+        names: Mapping[str, str],
+        reader: CheckpointReader,
+        targets: dict[str, tuple[str, torch.Tensor]],
+    ) -> list[str]:
+        """Add the tensors of a module to read into: its own; returns in what it differs."""
+        have = self._present(key, self._state_of(key))
+        problems = [f"{n}: in the model, not in the checkpoint" for n in sorted(have.keys() - names.keys())]
+        problems += [f"{n}: in the checkpoint, not in the model" for n in sorted(names.keys() - have.keys())]
+        both = {name: stored for name, stored in names.items() if name in have}
+        misfits = [
+            p for name, stored in both.items() for p in shape_problems(name, have[name], stored, reader)
+        ]
+        for first, other in () if misfits else tied(both, have):
+            box = self._box_of(first, have[first])
+            if not alike(both[first], both[other], box, reader):
+                misfits.append(
+                    f"{first}, {other}: one tensor in the model, two that differ in the checkpoint"
+                )
+            both[other] = both[first]
+        targets.update({name: (stored, have[name]) for name, stored in both.items()})
+        return problems + misfits
+
+    def _optimizer_targets(
+        self, key: str, saved: Any, reader: CheckpointReader, targets: dict[str, tuple[str, torch.Tensor]]
+    ) -> list[str]:
+        """Add the tensors of an optimizer to read into: its own; returns in what it differs."""
+        present = optimizers.state_to_fill(self._owners[key], self._items[key])
+        problems = optimizers.group_problems(key, saved, present)
+        parameters = optimizers.parameters_of(self._items[key], present)
+        have = self._present(key, present)
+        for name, stored in objects.tensor_names(saved).items():
+            record = reader.manifest.structure.tensors[stored]
+            mine = have.get(name)
+            if mine is None:
+                reader.check_size(stored)
+                mine = optimizers.made_for(name, record, key, parameters)
+            elif tuple(mine.shape) != record.shape:
+                problems += shape_problems(name, mine, stored, reader)
+            elif dtypes.name_of(mine.dtype) != record.dtype:
+                mine = target_for(mine, stored, reader)
+            targets[name] = stored, mine
+        return problems
+
+    @staticmethod
+    def _present(key: str, state: Any) -> dict[str, torch.Tensor]:
         """Return the tensors of an item as it is now, by each of their names."""
-        tree, leaves = flatten(key, self._state_of(key))
+        tree, leaves = flatten(key, state)
         return {name: leaves[stored] for name, stored in objects.tensor_names(tree).items()}
 
 

@@ -243,16 +243,19 @@ def merge(structures: Sequence[Structure]) -> Structure:
         for name, record in structure.tensors.items():
             if tensors.setdefault(name, record) != record:
                 raise IntegrityError(
-                    f"{name} is {_describe(tensors[name])} on one rank and {_describe(record)} on another: the "
-                    "ranks track different models"
+                    f"{name} is {_describe(tensors[name])} to some ranks and {_describe(record)} to others. What has "
+                    "one name is one tensor: name the parts of a pipeline differently, and put what is replicated "
+                    "on one mesh, or under DDP"
                 )
     return Structure(tensors)
 
 
 def _describe(record: TensorRecord) -> str:
-    return f"{record.dtype} {list(record.shape)}" + (
-        f" on {len(record.layout.ranks)} ranks" if record.layout is not None else ""
-    )
+    if record.layout is None:
+        return f"{record.dtype} {list(record.shape)}"
+    ranks = ", ".join(map(str, sorted(record.layout.ranks)[:8])) + ", …" * (len(record.layout.ranks) > 8)
+    split = f" split in dimensions {[dim for _, dim in record.layout.splits]}" * bool(record.layout.splits)
+    return f"{record.dtype} {list(record.shape)} on ranks {ranks}{split}"
 
 
 def integer(value: Any) -> int:
