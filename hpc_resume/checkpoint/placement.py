@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from hpc_resume.checkpoint.layout import Layout
 from hpc_resume.errors import StateError
@@ -97,3 +98,34 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     if local.is_conj() or local.is_neg():
         return local.resolve_conj().resolve_neg()
     return local
+
+
+def kept_equal_by_ddp(
+    modules: Iterable[torch.nn.Module], optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[int, Layout]:
+    """Find the plain tensors that DDP keeps equal on the ranks of a group: parameters and their moments.
+
+    Parameters
+    ----------
+    modules, optimizers
+        All that are tracked.
+
+    Returns
+    -------
+    dict
+        By address of a tensor's memory, the ranks that hold it.
+    """
+    parameters: dict[torch.nn.Parameter, Layout] = {}
+    for tracked in modules:
+        for module in tracked.modules():
+            if isinstance(module, DistributedDataParallel):
+                ranks = sorted(torch.distributed.get_process_group_ranks(module.process_group))
+                parameters.update(dict.fromkeys(module.parameters(), Layout.replicated(ranks)))
+    found = {parameter.data_ptr(): layout for parameter, layout in parameters.items()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if parameter in parameters:
+                for value in state.values():
+                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                        found[value.data_ptr()] = parameters[parameter]
+    return found

@@ -24,7 +24,7 @@ from hpc_resume.checkpoint.fit import alike, key_problems, shape_problems, targe
 from hpc_resume.checkpoint.image import Piece
 from hpc_resume.checkpoint.layout import Layout, spread
 from hpc_resume.checkpoint.leaves import flatten, leaf
-from hpc_resume.checkpoint.placement import layout_of, local_of
+from hpc_resume.checkpoint.placement import kept_equal_by_ddp, layout_of, local_of
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
 from hpc_resume.checkpoint.snapshot import Captured, pieces_of
 from hpc_resume.checkpoint.standin import held_box
@@ -167,7 +167,10 @@ class TrackedState:
 
     def _plan(self, leaves: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> _Plan:
         """Decide who stores what; the same plan as before while nothing but values has changed."""
-        replicated = self._replicated_storages() if self._replicas else {}
+        replicated: dict[int, Layout] = {}
+        if self._replicas:
+            optimizers_ = [self._items[key] for key in self._owners]
+            replicated = kept_equal_by_ddp(self._modules.values(), optimizers_)
         signature: list[Any] = [
             (
                 name,
@@ -227,23 +230,6 @@ class TrackedState:
         if key in self._owners:
             return optimizers.state_of(self._owners[key], item)
         return item if isinstance(item, dict) else item.state_dict()
-
-    def _replicated_storages(self) -> dict[int, Layout]:
-        """Addresses of plain tensors that DDP keeps equal on the ranks of a group: parameters and their moments."""
-        parameters = {}
-        for tracked in self._modules.values():
-            for module in tracked.modules():
-                if isinstance(module, DistributedDataParallel):
-                    ranks = sorted(torch.distributed.get_process_group_ranks(module.process_group))
-                    parameters.update(dict.fromkeys(module.parameters(), Layout.replicated(ranks)))
-        found = {parameter.data_ptr(): layout for parameter, layout in parameters.items()}
-        for key in self._owners:
-            for parameter, state in self._items[key].state.items():
-                if parameter in parameters:
-                    for value in state.values():
-                        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                            found[value.data_ptr()] = parameters[parameter]
-        return found
 
     # ---------------------------------------------------------------- restore
 
