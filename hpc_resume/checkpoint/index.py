@@ -141,7 +141,7 @@ class Index:
             If it is not there.
         """
         number = self._find.get((name, box.start))
-        if number is None or self.entries[number].box != box:
+        if number is None or (self.entries[number].box is not box and self.entries[number].box != box):
             raise IntegrityError(
                 f"{name}: the box at {list(box.start)} of {list(box.size)} is not in its index"
             )
@@ -196,11 +196,13 @@ def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
         entries = []
         blocks = len(checksums) // CHECKSUM_BYTES
         for name, dtype, shape, start, size, runs in record["pieces"]:
+            extents, begin = integers(shape), integers(start)
+            whole = size == shape and not any(begin) and len(begin) == len(extents)
             entry = Entry(
                 string(name),
                 string(dtype),
-                integers(shape),
-                Box(integers(start), integers(size)),
+                extents,
+                Box.whole(extents) if whole else Box(begin, integers(size)),
                 tuple([Run(*integers(run)) for run in runs]),
             )
             blocks -= _check(entry, len(files), size_bytes, blocks)
@@ -218,7 +220,8 @@ def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
 def _check(entry: Entry, files: int, size_bytes: int, blocks: int) -> int:
     """Check one entry; returns how many checksums it must have at least, of those that are left."""
     check_shape(entry.shape, item_bytes(entry.dtype))
-    if not entry.box.within(entry.shape) or not entry.length:
+    inside = entry.box is Box.whole(entry.shape) or entry.box.within(entry.shape)
+    if not inside or not entry.length:
         raise IntegrityError(f"{entry.name!r:.100}: an empty box, or one outside its tensor")
     least = max(entry.length // BLOCK_BYTES, 1)
     if least > blocks:  # before its blocks are counted one by one

@@ -115,7 +115,7 @@ def kept_equal_by_ddp(
     dict
         By address of a tensor's memory, the ranks that hold it.
     """
-    parameters: dict[torch.nn.Parameter, Layout] = {}
+    parameters: dict[torch.Tensor, Layout] = {}
     for tracked in modules:
         for module in tracked.modules():
             if isinstance(module, DistributedDataParallel):

@@ -92,7 +92,6 @@ class Receipt:
             "created": self.created,
             "shard": self.shard.to_json(),
             "structure_digest": self.structure_digest,
-            "structure": None if self.structure is None else self.structure.to_json(),
             "objects_digest": self.objects_digest,
             "objects": self.objects,
             "refers": list(self.refers),
@@ -100,7 +99,9 @@ class Receipt:
             "written_bytes": self.written_bytes,
             "write_s": self.write_s,
         }
-        return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+        text = json.dumps(record, separators=(",", ":"), allow_nan=False)
+        structure = "null" if self.structure is None else f"{{{self.structure.to_text()}}}"
+        return f'{text[:-1]},"structure":{structure}}}'.encode()
 
     @classmethod
     def read(cls, path: Path) -> Receipt:
@@ -130,16 +131,19 @@ class Receipt:
         try:
             record = parse_json(data)
             header = Header(**{name: record[name] for name in Header.__dataclass_fields__})
-            structure = record["structure"]
+            described = record["structure"]
+            structure = None
+            if described is not None:
+                structure = Structure.known(record["structure_digest"]) or Structure.from_json(
+                    described, world_size=integer(header.world_size)
+                )
             return cls(
                 header=header,
                 by=integer(record["by"]),
                 created=float(record["created"]),
                 shard=ShardRecord.from_json(record["shard"]),
                 structure_digest=string(record["structure_digest"]),
-                structure=None
-                if structure is None
-                else Structure.from_json(structure, world_size=integer(header.world_size)),
+                structure=structure,
                 objects_digest=string(record["objects_digest"]),
                 objects=record["objects"],
                 refers=tuple(string(name) for name in record["refers"]),

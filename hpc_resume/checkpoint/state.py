@@ -169,8 +169,8 @@ class TrackedState:
         """Decide who stores what; the same plan as before while nothing but values has changed."""
         replicated: dict[int, Layout] = {}
         if self._replicas:
-            optimizers_ = [self._items[key] for key in self._owners]
-            replicated = kept_equal_by_ddp(self._modules.values(), optimizers_)
+            tracked = (self._items[key] for key in self._owners)
+            replicated = kept_equal_by_ddp(self._modules.values(), tracked)
         signature: list[Any] = [
             (
                 name,

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from hpc_resume.checkpoint.blocks import panels
@@ -86,6 +87,7 @@ class Structure:
         self._shared: dict[tuple[int, ...], list[tuple[Layout, int]]] | None = None
         self._by_layout: dict[Layout, list[str]] = {}
         self._digest: str | None = None
+        self._text: str | None = None
 
     def __eq__(self, other: object) -> bool:
         return self.tensors == other.tensors if isinstance(other, Structure) else NotImplemented
@@ -97,9 +99,34 @@ class Structure:
     def digest(self) -> str:
         """32 hex digits of SHA-256: equal for equal structures."""
         if self._digest is None:
-            text = json.dumps(self.to_json(), separators=(",", ":"))
-            self._digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+            self._digest = hashlib.sha256(self.to_text().encode()).hexdigest()[:32]
+            _recent[self._digest] = self
+            while len(_recent) > _KEPT:
+                del _recent[next(iter(_recent))]
         return self._digest
+
+    def to_text(self) -> str:
+        """Write :meth:`to_json` as the members of a JSON object, a tensor a line; kept for the next time."""
+        if self._text is None:
+            record = self.to_json()
+            layouts = ",\n".join(f"  {_compact(layout)}" for layout in record["layouts"])
+            tensors = ",\n".join(
+                f"  {_compact(name)}: {_compact(entry)}" for name, entry in record["tensors"].items()
+            )
+            self._text = f' "layouts": [\n{layouts}\n ],\n "tensors": {{\n{tensors}\n }}'
+        return self._text
+
+    @property
+    def placed(self) -> int:
+        """Ranks of all layouts together."""
+        return sum(
+            len(layout.ranks) for layout in {r.layout for r in self.tensors.values()} if layout is not None
+        )
+
+    @staticmethod
+    def known(digest: str) -> Structure | None:
+        """Find a structure that this process has had to do with lately: it need not be parsed again."""
+        return _recent.get(digest)
 
     def stored_by(self, rank: int) -> Iterator[tuple[str, Box]]:
         """Give what a rank stores, by name; a tensor without elements is stored by nobody."""
@@ -222,6 +249,12 @@ class Structure:
         return cls(tensors)
 
 
+_compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+#: Structures by digest: while a run goes on, each of its checkpoints has the same.
+_recent: dict[str, Structure] = {}
+_KEPT = 4
+
+
 def _panels(record: TensorRecord, box: Box) -> Iterator[Box]:
     if record.layout is None or not record.layout.splits:
         return iter((box,))
@@ -281,7 +314,8 @@ def string(value: Any) -> str:
     return check_text(value)
 
 
-def check_shape(shape: Sequence[int], item_bytes: int) -> None:
+@lru_cache(maxsize=1 << 14)
+def check_shape(shape: tuple[int, ...], item_bytes: int) -> None:
     """Check that there can be a tensor of a shape.
 
     Raises
