@@ -24,10 +24,10 @@ from hpc_resume.checkpoint.blocks import (
 )
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
-from hpc_resume.checkpoint.structure import check_shape, integers, string
+from hpc_resume.checkpoint.structure import check_shape
 from hpc_resume.errors import IntegrityError
 from hpc_resume.rundir import is_checkpoint_name
-from hpc_resume.untrusted import brief, parse_json
+from hpc_resume.untrusted import brief, check_text, parse_json
 
 SHARD_FILE = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}(?:\.by-[0-9]{5,9})?\.h5")
 #: A longer index or table is neither written nor read: 20,000 tensors take 3 MB, a checksum for each of 2 TB 128 MB.
@@ -193,17 +193,19 @@ def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
         files = [(_checkpoint(checkpoint), _file(file)) for checkpoint, file in record["files"]]
         if len(files) > MAX_FILES:
             raise IntegrityError(f"it refers to {len(files)} other files")
+        pieces = record["pieces"]
+        _check_types(pieces)
         entries = []
         blocks = len(checksums) // CHECKSUM_BYTES
-        for name, dtype, shape, start, size, runs in record["pieces"]:
-            extents, begin = integers(shape), integers(start)
+        for name, dtype, shape, start, size, runs in pieces:
+            extents, begin = tuple(shape), tuple(start)
             whole = size == shape and not any(begin) and len(begin) == len(extents)
             entry = Entry(
-                string(name),
-                string(dtype),
+                name,
+                dtype,
                 extents,
-                Box.whole(extents) if whole else Box(begin, integers(size)),
-                tuple([Run(*integers(run)) for run in runs]),
+                Box.whole(extents) if whole else Box(begin, tuple(size)),
+                tuple([Run(*run) for run in runs]),
             )
             blocks -= _check(entry, len(files), size_bytes, blocks)
             entries.append(entry)
@@ -215,6 +217,24 @@ def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
     if index.reach.get(0, (0, 0))[1] > size_bytes:
         raise IntegrityError("boxes overlap: they are longer than the file")
     return index
+
+
+def _check_types(pieces: Any) -> None:
+    """Check that rows of an index are made of strings and 64-bit integers: all at once, for there are many."""
+    words: list[Any] = []
+    numbers: list[Any] = []
+    for name, dtype, shape, start, size, runs in pieces:
+        words += (name, dtype)
+        numbers += shape
+        numbers += start
+        numbers += size
+        for run in runs:
+            numbers += run
+    if not set(map(type, words)) <= {str} or not set(map(type, numbers)) <= {int}:
+        raise TypeError("a row of something else than strings and integers")
+    if numbers and (max(numbers) >= 1 << 63 or min(numbers) <= -1 << 63):
+        raise ValueError("a number of more than 64 bits")
+    check_text("".join(words))
 
 
 def _check(entry: Entry, files: int, size_bytes: int, blocks: int) -> int:
