@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Captured:
         The non-tensor state as typed JSON, by tracked key.
     leaves
         All live tensors by name.
+    witnesses
+        Of tensors of which rank 0's are stored; see :mod:`hpc_resume.checkpoint.witnesses`.
     """
 
     structure: Structure
@@ -37,6 +39,7 @@ class Captured:
     sources: tuple[torch.Tensor, ...]
     objects: Any
     leaves: Mapping[str, torch.Tensor]
+    witnesses: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,7 @@ class Snapshot:
 
     Parameters
     ----------
-    structure, pieces, objects
+    structure, pieces, objects, witnesses
         As captured.
     image
         The shard that holds all pieces.
@@ -65,6 +68,7 @@ class Snapshot:
     data: tuple[Bytes, ...]
     edges: tuple[tuple[int, ...], ...]
     arena: Arena | None = None
+    witnesses: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -119,6 +123,7 @@ class Camera:
             data=data,
             edges=self._edges,
             arena=arena,
+            witnesses=captured.witnesses,
         )
 
     def may_stage(self, captured: Captured) -> bool:
