@@ -96,7 +96,7 @@ def made_for(name: str, record: TensorRecord, key: str, parameters: dict[str, to
         Under which the optimizer is tracked, and its parameters by name.
     """
     dtype = dtypes.torch_dtype(record.dtype)
-    places = {f"{key}/state/{escape(parameter)}": parameter for parameter in parameters}
+    places = {f"{escape(key)}/state/{escape(parameter)}": parameter for parameter in parameters}
     parameter = parameters.get(places.get(name.rpartition("/")[0], ""))
     if parameter is not None and tuple(parameter.shape) == record.shape:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpc_resume.checkpoint.manifest import FULL, MAX_BYTES, Manifest, ShardRecord
 from hpc_resume.checkpoint.objects import dump
 from hpc_resume.checkpoint.structure import Structure, integer, merge, string
+from hpc_resume.checkpoint.witnesses import differing
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
 from hpc_resume.untrusted import parse_json, read_regular
@@ -63,6 +64,8 @@ class Receipt:
         Names of earlier checkpoints in which bytes of this shard lie.
     state_bytes, written_bytes, write_s
         Bytes of this rank's part and of what was written of it; seconds from the first byte to durable.
+    witnesses
+        Of tensors of which rank 0's are stored.
     """
 
     header: Header
@@ -77,6 +80,7 @@ class Receipt:
     state_bytes: int
     written_bytes: int
     write_s: float
+    witnesses: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -98,6 +102,7 @@ class Receipt:
             "state_bytes": self.state_bytes,
             "written_bytes": self.written_bytes,
             "write_s": self.write_s,
+            "witnesses": dict(self.witnesses),
         }
         text = json.dumps(record, separators=(",", ":"), allow_nan=False)
         structure = "null" if self.structure is None else f"{{{self.structure.to_text()}}}"
@@ -150,6 +155,7 @@ class Receipt:
                 state_bytes=integer(record["state_bytes"]),
                 written_bytes=integer(record["written_bytes"]),
                 write_s=float(record["write_s"]),
+                witnesses={string(name): string(hexed) for name, hexed in record["witnesses"].items()},
             )
         except _DAMAGED as error:
             raise IntegrityError(f"damaged receipt ({type(error).__name__}: {error!s:.200})") from error
@@ -229,4 +235,10 @@ def _structure(receipts: Sequence[Receipt]) -> Structure:
                         f"step {step}: {name} is to be stored by rank {rank}, which does not track it: plain "
                         "tensors must be the same on all ranks; make it a DTensor, or track it under DDP"
                     )
+    for receipt in receipts[1:]:
+        if other := differing(receipts[0].witnesses, receipt.witnesses):
+            raise IntegrityError(
+                f"step {step}: {other[0]} of rank {receipt.shard.rank} is not the same as rank 0's, which alone would "
+                "be stored: give what ranks do not share different names, make it a DTensor, or put it under DDP"
+            )
     return merged

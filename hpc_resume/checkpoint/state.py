@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hpc_resume.checkpoint import dtypes, objects, optimizers
+from hpc_resume.checkpoint import dtypes, objects, optimizers, witnesses
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.fit import alike, key_problems, shape_problems, target_for, tied
 from hpc_resume.checkpoint.image import Piece
 from hpc_resume.checkpoint.layout import Layout, spread
-from hpc_resume.checkpoint.leaves import flatten, leaf
+from hpc_resume.checkpoint.leaves import escape, flatten, leaf
 from hpc_resume.checkpoint.placement import kept_equal_by_ddp, layout_of, local_of
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
 from hpc_resume.checkpoint.snapshot import Captured, pieces_of
@@ -50,12 +50,15 @@ class _Plan:
         What all store, and what this rank stores.
     cuts
         For each piece of a tracked tensor, its name and the slices of what this rank holds; None for all of it.
+    witnesses
+        Names of tensors of which rank 0's are stored, to compare the other ranks' with.
     """
 
     signature: list[Any]
     structure: Structure
     pieces: tuple[Piece, ...]
     cuts: tuple[tuple[str, tuple[slice, ...] | None], ...]
+    witnesses: tuple[str, ...]
 
 
 class TrackedState:
@@ -156,6 +159,7 @@ class TrackedState:
             sources=(*sources, *own.values()),
             objects=tree,
             leaves=leaves,
+            witnesses=witnesses.take({name: leaves[name] for name in plan.witnesses}),
         )
 
     def _own_objects(self, tree: Any) -> torch.Tensor:
@@ -221,7 +225,17 @@ class TrackedState:
             )
             for name, tensor in own.items()
         ]
-        return _Plan(signature, structure, (*pieces, *private), tuple(cuts))
+        return _Plan(signature, structure, (*pieces, *private), tuple(cuts), self._witnesses(leaves, records))
+
+    def _witnesses(
+        self, leaves: Mapping[str, torch.Tensor], records: Mapping[str, TensorRecord]
+    ) -> tuple[str, ...]:
+        if self._world_size == 1:
+            return ()
+        parameters = {p.data_ptr() for module in self._modules.values() for p in module.parameters()}
+        named = {n: t for n, t in leaves.items() if n.split("/", 1)[0] not in map(escape, self._owners)}
+        modules = set(map(escape, self._modules))
+        return witnesses.pick(named, records, modules=modules, parameters=parameters)
 
     def _state_of(self, key: str) -> Any:
         item = self._items[key]

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,6 +76,29 @@ class Odd(torch.nn.Module):
             self.register_buffer(name, random_tensor((5, 7), getattr(torch, name), 100 * seed + index))
 
 
+class Factored(torch.optim.Optimizer):
+    """Keeps the second moment of a matrix as a column and a row, as Adafactor does (PyTorch's own knows no DTensor)."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            square = parameter.grad.square() + 1e-6
+            if parameter.ndim < 2:
+                state["square"] = square
+                continue
+            row = square.sum(0, keepdim=True)
+            if isinstance(row, DTensor):
+                row = row.redistribute(placements=[Replicate()] * row.device_mesh.ndim)
+            state["column"], state["row"] = square.sum(1, keepdim=True), row
+            parameter.sub_(self.param_groups[0]["lr"] * parameter.grad / state["column"].sqrt())
+
+
 def build(kind, size, seed):
     """Make a network of one of the kinds; returns what is tracked, and what is trained."""
     torch.manual_seed(seed)
@@ -110,6 +133,8 @@ def optimizer_of(name, net):
         return torch.optim.AdamW([{"params": matrices}, {"params": rest, "weight_decay": 0.0}], lr=0.01)
     if name == "momentum":
         return torch.optim.SGD(matrices + rest, lr=0.01, momentum=0.9)
+    if name == "factored":
+        return Factored(matrices + rest)
     return torch.optim.Adagrad(matrices + rest)
 
 
@@ -219,6 +244,7 @@ STAGES = [
         4,
         [
             (None, "fsdp", "adamw", "fsdp4"),
+            (None, "fsdp", "factored", "factored4"),
             (None, "hsdp", "momentum", "hsdp4"),
             (None, "fsdp_tp", "adagrad", "fsdp_tp4"),
         ],
@@ -227,6 +253,7 @@ STAGES = [
         2,
         [
             ("fsdp4", "ddp", "adamw", "ddp2"),
+            ("factored4", "ddp", "factored", "factored2"),
             ("hsdp4", "tp", "momentum", "tp2"),
             ("fsdp_tp4", "fsdp", "adagrad", "fsdp2"),
         ],
@@ -243,6 +270,7 @@ STAGES = [
         3,
         [
             ("plain1", "fsdp", "adamw", None),
+            ("factored2", "fsdp", "factored", None),
             ("compiled1", "ddp_compiled", "momentum", None),
             ("fsdp2", "fsdp", "adagrad", None),
         ],
