@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hpc_resume.checkpoint import dtypes, objects
+from hpc_resume.checkpoint.structure import check_name
 from hpc_resume.errors import IntegrityError, StateError
 
 _SPECIAL = re.compile(r"[%/\0]|^\.$")
@@ -73,10 +74,9 @@ def _name(path: tuple[str, ...]) -> str:
     """Join a path to a tensor's name."""
     name = "/".join(map(escape, path))
     try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise StateError(f"{name!r}: a name that is no Unicode text can't be stored") from error
-    return name
+        return check_name(name)
+    except ValueError as error:
+        raise StateError(f"{name!r:.200}: can't be a tensor's name: {error}") from error
 
 
 def _memory_of(tensor: torch.Tensor) -> Any:

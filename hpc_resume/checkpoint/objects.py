@@ -172,7 +172,8 @@ def tensor_names(value: Any) -> dict[str, str]:
                     found[content] = content
                     continue
                 if tag == SAME_TAG:
-                    found[_own_name(content)] = content[1]
+                    own = _own_name(content)
+                    found[own] = content[1]
                     continue
             stack += reversed(node.values())
     return found
