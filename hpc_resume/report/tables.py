@@ -95,10 +95,10 @@ def contents_table(described: JsonObject) -> Table:
         title=f"{described['name']}: step {described['step']}, {described['samples']} samples, "
         f"saved ({described['reason']}) by {_count(described['world_size'], 'rank')} of attempt {described['attempt']} "
         f"at {written}, {size_text(described['size_bytes'])}",
-        columns=("tensor", "shape", "type", "size", "boxes"),
-        right=("size", "boxes"),
+        columns=("tensor", "shape", "type", "size", "ranks"),
+        right=("size", "ranks"),
         rows=tuple(
-            (name, shapes[name], tensor["dtype"], size_text(tensor["size_bytes"]), str(tensor["boxes"]))
+            (name, shapes[name], tensor["dtype"], size_text(tensor["size_bytes"]), str(tensor["ranks"]))
             for name, tensor in tensors.items()
         ),
         note=f"besides: {', '.join(described['objects'])}" if described["objects"] else "",
