@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -278,7 +279,9 @@ class TrackedState:
             if key in self._modules:
                 set_model_state_dict(item, state)
             elif key in self._owners:
-                set_optimizer_state_dict(self._owners[key], item, state)
+                # Not strict: a parameter that never had a gradient has no state.
+                options = StateDictOptions(strict=False)
+                set_optimizer_state_dict(self._owners[key], item, state, options=options)
             elif isinstance(item, dict):
                 item.clear()
                 item.update(state)
