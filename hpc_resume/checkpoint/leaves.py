@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,39 @@ def escape(component: str) -> str:
     return "%2E" if escaped == "." else escaped or "%"
 
 
+def unescape(component: str) -> str:
+    """Give back what :func:`escape` was given."""
+    if component == "%":
+        return ""
+    for code, character in (("%2E", "."), ("%00", "\0"), ("%2F", "/"), ("%25", "%")):
+        component = component.replace(code, character)
+    return component
+
+
 def leaf(tag: str, tensor: torch.Tensor) -> Any:
     """Give a tensor back as what it was."""
-    return tensor.numpy() if tag == "$ndarray" else tensor
+    if tag == "$ndarray":
+        return tensor.numpy()
+    return load_saved(tensor.numpy().tobytes()) if tag == "$saved" else tensor
+
+
+def load_saved(data: bytes) -> Any:
+    """Load what ``torch.save`` wrote; runs no code.
+
+    Raises
+    ------
+    StateError
+        If it holds anything that only running code could bring back.
+    """
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError) as error:
+        raise StateError(f"can't be loaded without running code ({why_not(error)})") from error
+
+
+def why_not(error: Exception) -> str:
+    """Take out of PyTorch's message what it would not load, and leave its advice to load it anyway."""
+    text = str(error)
+    text = text.partition("WeightsUnpickler error: ")[2] or text
+    lines = text.partition(" Please use ")[0].splitlines()
+    return f"{lines[0] if lines else type(error).__name__:.200}"

@@ -24,8 +24,8 @@ TensorNamer = Callable[[Any, tuple[str, ...]], "dict[str, Any] | None"]
 #: Given the tag and name of such a node, returns the tensor.
 TensorGetter = Callable[[str, str], Any]
 
-#: A PyTorch tensor, a NumPy array.
-TENSOR_TAGS = ("$tensor", "$ndarray")
+#: A PyTorch tensor, a NumPy array, and what else only ``torch.save`` can write, as its bytes.
+TENSOR_TAGS = ("$tensor", "$ndarray", "$saved")
 #: ``[name, stored]``: a tensor that is one with another one, under whose name it is stored.
 SAME_TAG = "$same"
 MAX_DEPTH = 100
