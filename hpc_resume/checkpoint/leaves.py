@@ -101,6 +101,15 @@ def escape(component: str) -> str:
     return "%2E" if escaped == "." else escaped
 
 
+def unescape(component: str) -> str:
+    """Give back what :func:`escape` was given."""
+    if component == "%":
+        return ""
+    for code, character in (("%2E", "."), ("%00", "\0"), ("%2F", "/"), ("%25", "%")):
+        component = component.replace(code, character)
+    return component
+
+
 def leaf(tag: str, tensor: torch.Tensor) -> Any:
     """Give a tensor back as what it was.
 
@@ -109,6 +118,11 @@ def leaf(tag: str, tensor: torch.Tensor) -> Any:
     IntegrityError
         If there is no array of its type: then it never was one.
     """
+    if tag == objects.SAVED_TAG:
+        raise StateError(
+            "it holds an object that only torch.save can write, from torch.distributed.checkpoint; a run does not "
+            "unpickle: take the tensors with hr.Checkpoint(…).load_into(…), or load it with hr.DcpReader"
+        )
     try:
         return tensor.numpy() if tag == "$ndarray" else tensor
     except (TypeError, RuntimeError, ValueError) as error:
