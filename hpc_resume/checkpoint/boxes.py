@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -29,8 +30,8 @@ class Box:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Box:
-        """Return the box that is the whole tensor."""
-        return cls((0,) * len(shape), tuple(shape))
+        """Return the box that is the whole tensor; one object for all tensors of a shape."""
+        return _whole(tuple(shape))
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -73,6 +74,11 @@ class Box:
 _FEW = 32
 #: How often boxes are cut apart. Meshes cut a tensor once a dimension, if that.
 _MAX_CUTS = 16
+
+
+@lru_cache(maxsize=1 << 14)
+def _whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
 
 
 def covers_once(shape: Sequence[int], boxes: Sequence[Box]) -> bool:

@@ -25,10 +25,10 @@ from hpc_resume.checkpoint.blocks import (
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
 from hpc_resume.checkpoint.fields import listed
-from hpc_resume.checkpoint.structure import check_name, check_shape, integers, string
+from hpc_resume.checkpoint.structure import MAX_NAME_LENGTH, check_shape
 from hpc_resume.errors import IntegrityError
 from hpc_resume.rundir import is_checkpoint_name
-from hpc_resume.untrusted import brief, parse_json
+from hpc_resume.untrusted import brief, check_text, parse_json
 
 SHARD_FILE = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}(?:\.by-[0-9]{5,9})?\.h5")
 #: A longer index or table is neither written nor read: 20,000 tensors take 3 MB, a checksum for each of 2 TB 128 MB.
@@ -142,7 +142,7 @@ class Index:
             If it is not there.
         """
         number = self._find.get((name, box.start))
-        if number is None or self.entries[number].box != box:
+        if number is None or (self.entries[number].box is not box and self.entries[number].box != box):
             raise IntegrityError(
                 f"{name}: the box at {list(box.start)} of {list(box.size)} is not in its index"
             )
@@ -194,15 +194,19 @@ def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
         files = [(_checkpoint(checkpoint), _file(file)) for checkpoint, file in listed(record["files"])]
         if len(files) > MAX_FILES:
             raise IntegrityError(f"it refers to {len(files)} other files")
+        pieces = listed(record["pieces"])
+        _check_types(pieces)
         entries = []
         blocks = len(checksums) // CHECKSUM_BYTES
-        for name, dtype, shape, start, size, runs in listed(record["pieces"]):
+        for name, dtype, shape, start, size, runs in pieces:
+            extents, begin = tuple(shape), tuple(start)
+            whole = size == shape and not any(begin) and len(begin) == len(extents)
             entry = Entry(
-                check_name(name),
-                string(dtype),
-                integers(shape),
-                Box(integers(start), integers(size)),
-                tuple([Run(*integers(run)) for run in listed(runs)]),
+                name,
+                dtype,
+                extents,
+                Box.whole(extents) if whole else Box(begin, tuple(size)),
+                tuple([Run(*run) for run in runs]),
             )
             blocks -= _check(entry, len(files), size_bytes, blocks)
             entries.append(entry)
@@ -216,10 +220,38 @@ def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
     return index
 
 
+def _check_types(pieces: Any) -> None:
+    """Check that rows of an index are made of strings and 64-bit integers: all at once, for there are many."""
+    names: list[Any] = []
+    dtypes: set[Any] = set()
+    lists: list[Any] = []
+    numbers: list[Any] = []
+    for name, dtype, shape, start, size, runs in pieces:
+        names.append(name)
+        dtypes.add(dtype)
+        lists += (shape, start, size, runs)
+        lists += runs
+        numbers += shape
+        numbers += start
+        numbers += size
+        for run in runs:
+            numbers += run
+    if not set(map(type, lists)) <= {list} or not set(map(type, numbers)) <= {int}:
+        raise TypeError("a row of something else than lists of integers")
+    if not {*map(type, names), *map(type, dtypes)} <= {str}:
+        raise TypeError("a name or an element type that is no string")
+    if numbers and (max(numbers) >= 1 << 63 or min(numbers) <= -1 << 63):
+        raise ValueError("a number of more than 64 bits")
+    if names and max(map(len, names)) > MAX_NAME_LENGTH:
+        raise ValueError(f"a name of more than {MAX_NAME_LENGTH} characters")
+    check_text("".join(names))
+
+
 def _check(entry: Entry, files: int, size_bytes: int, blocks: int) -> int:
     """Check one entry; returns how many checksums it must have at least, of those that are left."""
     check_shape(entry.shape, item_bytes(entry.dtype))
-    if not entry.box.within(entry.shape) or not entry.length:
+    inside = entry.box is Box.whole(entry.shape) or entry.box.within(entry.shape)
+    if not inside or not entry.length:
         raise IntegrityError(f"{entry.name!r:.100}: an empty box, or one outside its tensor")
     least = max(entry.length // BLOCK_BYTES, 1)
     if least > blocks:  # before its blocks are counted one by one

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,11 +84,7 @@ class Layout:
         place = self._place.get(rank)
         if place is None:
             return None
-        coordinate = []
-        for extent in reversed(self.mesh):
-            place, digit = divmod(place, extent)
-            coordinate.append(digit)
-        coordinate.reverse()
+        coordinate = _unravel(place, self.mesh)
         group = 0
         for mesh_dim, _ in self.splits:
             group = group * self.mesh[mesh_dim] + coordinate[mesh_dim]
@@ -100,13 +96,8 @@ class Layout:
             return tuple(sorted(self.ranks))
         fixed = dict(zip((mesh_dim for mesh_dim, _ in self.splits), self._digits(group), strict=True))
         choices = [(fixed[dim],) if dim in fixed else range(extent) for dim, extent in enumerate(self.mesh)]
-        found = []
-        for coordinate in itertools.product(*choices):
-            place = 0
-            for digit, extent in zip(coordinate, self.mesh, strict=True):
-                place = place * extent + digit
-            found.append(self.ranks[place])
-        return tuple(sorted(found))
+        places = (_ravel(coordinate, self.mesh) for coordinate in itertools.product(*choices))
+        return tuple(sorted(self.ranks[place] for place in places))
 
     def box(self, shape: Sequence[int], group: int) -> Box:
         """Box with a number, of a tensor of a shape; may be empty."""
@@ -140,6 +131,36 @@ class Layout:
 
         if want.volume and math.prod(shape):
             yield from descend(0, 0, [0] * len(shape), list(shape))
+
+    def spread_over(self, larger: Layout) -> Layout | None:
+        """Give the layout that is this one on every slice of a larger mesh like the one that it lies on.
+
+        Under FSDP over tensor parallelism, what tensor parallelism leaves alone is sharded on the other mesh
+        dimension only: each rank says so of its own slice of the mesh, and all slices hold the same.
+
+        Returns
+        -------
+        Layout or None
+            None if these ranks are no slice of the larger mesh, or all of it.
+        """
+        places = [larger._place.get(rank, -1) for rank in self.ranks]
+        if min(places) < 0 or len(places) == len(larger.ranks):
+            return None
+        coordinates = [_unravel(place, larger.mesh) for place in places]
+        varying = [len(set(digits)) > 1 for digits in zip(*coordinates, strict=True)]
+        along = [range(n) if varies else range(1) for n, varies in zip(larger.mesh, varying, strict=True)]
+        across = [range(1) if varies else range(n) for n, varies in zip(larger.mesh, varying, strict=True)]
+        slices = []
+        for base in itertools.product(*across):
+            places = [
+                _ravel([a + b for a, b in zip(base, step, strict=True)], larger.mesh)
+                for step in itertools.product(*along)
+            ]
+            slices.append(tuple(larger.ranks[place] for place in places))
+        if self.ranks not in slices:
+            return None
+        splits = tuple((mesh_dim + 1, dim) for mesh_dim, dim in self.splits)
+        return Layout((len(slices), *self.mesh), tuple(itertools.chain(*slices)), splits)
 
     def to_json(self) -> JsonObject:
         """JSON form; runs of consecutive ranks are written as ``[first, count]``."""
@@ -188,11 +209,50 @@ class Layout:
         return cls(mesh, tuple(ranks), splits)
 
     def _digits(self, group: int) -> tuple[int, ...]:
-        digits = []
-        for mesh_dim, _ in reversed(self.splits):
-            group, digit = divmod(group, self.mesh[mesh_dim])
-            digits.append(digit)
-        return tuple(reversed(digits))
+        return _unravel(group, [self.mesh[mesh_dim] for mesh_dim, _ in self.splits])
+
+
+def _unravel(place: int, extents: Sequence[int]) -> tuple[int, ...]:
+    """Coordinates of a place in row-major order."""
+    digits = []
+    for extent in reversed(extents):
+        place, digit = divmod(place, extent)
+        digits.append(digit)
+    return tuple(reversed(digits))
+
+
+def _ravel(coordinate: Sequence[int], extents: Sequence[int]) -> int:
+    """Place of coordinates in row-major order."""
+    place = 0
+    for digit, extent in zip(coordinate, extents, strict=True):
+        place = place * extent + digit
+    return place
+
+
+def spread(layouts: Iterable[Layout]) -> dict[Layout, Layout]:
+    """Spread layouts on slices of meshes over the whole meshes, as far as others of them show those.
+
+    Every rank of a mesh comes to the same layout, whichever slice of it is its own.
+
+    Parameters
+    ----------
+    layouts
+        Of all tensors that are sharded on a rank.
+
+    Returns
+    -------
+    dict
+        For each of them what it is instead, or itself.
+    """
+    known = sorted(set(layouts), key=lambda each: (len(each.ranks), each.mesh, each.ranks, each.splits))
+    found = {}
+    for layout in known:
+        current = layout
+        for larger in known:
+            if len(larger.ranks) > len(current.ranks):
+                current = current.spread_over(larger) or current
+        found[layout] = current
+    return found
 
 
 def _chunk(extent: int, parts: int, index: int) -> tuple[int, int]:

@@ -80,12 +80,17 @@ def _name(path: tuple[str, ...]) -> str:
 
 
 def _memory_of(tensor: torch.Tensor) -> Any:
-    """Tell what two tensors share that are one; None if it has no memory."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if not local.numel():
+    """Tell what two tensors share that are one; None if they have no elements.
+
+    Tied tensors must be found alike by all ranks, those that hold none of their elements too: there, what they
+    share is the storage that these elements are not in.
+    """
+    if not tensor.numel():
         return None
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    address = local.data_ptr() if local.numel() else local.untyped_storage()._cdata  # noqa: SLF001 - tells storages apart
     spread = tensor.placements if isinstance(tensor, DTensor) else None
-    return local.data_ptr(), local.dtype, local.shape, local.stride(), local.device, tensor.shape, spread
+    return address, local.dtype, local.shape, local.stride(), local.device, tensor.shape, spread
 
 
 def escape(component: str) -> str:
@@ -96,6 +101,15 @@ def escape(component: str) -> str:
     return "%2E" if escaped == "." else escaped
 
 
+def unescape(component: str) -> str:
+    """Give back what :func:`escape` was given."""
+    if component == "%":
+        return ""
+    for code, character in (("%2E", "."), ("%00", "\0"), ("%2F", "/"), ("%25", "%")):
+        component = component.replace(code, character)
+    return component
+
+
 def leaf(tag: str, tensor: torch.Tensor) -> Any:
     """Give a tensor back as what it was.
 
@@ -104,6 +118,11 @@ def leaf(tag: str, tensor: torch.Tensor) -> Any:
     IntegrityError
         If there is no array of its type: then it never was one.
     """
+    if tag == objects.SAVED_TAG:
+        raise StateError(
+            "it holds an object that only torch.save can write, from torch.distributed.checkpoint; a run does not "
+            "unpickle: take the tensors with hr.Checkpoint(…).load_into(…), or load it with hr.DcpReader"
+        )
     try:
         return tensor.numpy() if tag == "$ndarray" else tensor
     except (TypeError, RuntimeError, ValueError) as error:

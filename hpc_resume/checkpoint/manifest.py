@@ -45,6 +45,7 @@ _END_OF_TIME = 253402300800.0
 _FIRST_LINE = re.compile(rb'\{"schema": ([1-9][0-9]{0,8}), "content_id": "([0-9a-f]{32})",\n')
 _HEX16 = re.compile(r"[0-9a-f]{16}")
 _HEX32 = re.compile(r"[0-9a-f]{32}")
+_compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 #: Everything that was tracked.
 FULL = "full"
@@ -209,7 +210,8 @@ class Manifest:
     @cached_property
     def _bytes(self) -> tuple[bytes, str]:
         """The body, and the content id."""
-        body = _lines(self._body())
+        parts = [_lines(self._head()), self.structure.to_text(), f' "objects": {_compact(self.objects)}']
+        body = (",\n".join(parts) + "\n}\n").encode()
         return body, hashlib.sha256(body).hexdigest()[:32]
 
     @property
@@ -243,12 +245,11 @@ class Manifest:
             )
         return data
 
-    def _body(self) -> JsonObject:
-        structure = self.structure.to_json()
-        placed = sum(count for layout in structure["layouts"] for _, count in layout["ranks"])
+    def _head(self) -> JsonObject:
+        placed = self.structure.placed
         if placed > most_placed(self.world_size):
             raise IntegrityError(
-                f"step {self.step}: {len(structure['layouts'])} layouts of {placed} ranks in all would not be read again"
+                f"step {self.step}: layouts of {placed} ranks in all would not be read again"
             )
         return {
             "run_id": self.run_id,
@@ -269,8 +270,6 @@ class Manifest:
             "environment": self.environment,
             "costs": self.costs,
             "shards": [shard.to_json() for shard in self.shards],
-            **structure,
-            "objects": self.objects,
         }
 
     @classmethod
@@ -364,20 +363,16 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _lines(record: JsonObject) -> bytes:
-    """JSON with one entry a line, without its opening brace, so that people can read it."""
+def _lines(record: JsonObject) -> str:
+    """Members of a JSON object, one entry a line, so that people can read them."""
     lines = []
     for key, value in record.items():
-        if key in {"tensors", "environment"} and value:
+        if key == "environment" and value:
             rows = ",\n".join(f"  {json.dumps(k)}: {_compact(v)}" for k, v in value.items())
             lines.append(f' "{key}": {{\n{rows}\n }}')
-        elif key in {"shards", "layouts"} and value:
+        elif key == "shards":
             rows = ",\n".join(f"  {_compact(v)}" for v in value)
             lines.append(f' "{key}": [\n{rows}\n ]')
         else:
             lines.append(f' "{key}": {_compact(value)}')
-    return (",\n".join(lines) + "\n}\n").encode()
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return ",\n".join(lines)

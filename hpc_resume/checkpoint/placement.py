@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from hpc_resume.checkpoint.layout import Layout
 from hpc_resume.errors import StateError
@@ -49,9 +52,10 @@ def layout_of(name: str, tensor: DTensor, rank: int, *, check: bool = True) -> L
 
 
 def _splits(name: str, tensor: DTensor, extents: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Order in which mesh dimensions split the tensor: ``(mesh dimension, tensor dimension)``."""
     order: list[tuple[int, int]] = []
-    strided: list[tuple[int, int, int]] = []
-    for mesh_dim, placement in enumerate(tensor.placements):
+    # The rightmost first: each one stands before those to its right, unless it is strided.
+    for mesh_dim, placement in reversed(list(enumerate(tensor.placements))):
         if isinstance(placement, Replicate):
             continue
         if isinstance(placement, Partial):
@@ -59,26 +63,28 @@ def _splits(name: str, tensor: DTensor, extents: tuple[int, ...]) -> tuple[tuple
                 f"{name}: its parts are still to be summed ({placement}); redistribute it before saving"
             )
         factor = getattr(placement, "split_factor", None)
-        if factor is not None:
-            strided.append((mesh_dim, placement.dim, int(factor)))  # type: ignore[attr-defined]
-        elif isinstance(placement, Shard):
-            order.append((mesh_dim, placement.dim))
-        else:
+        if factor is None and not isinstance(placement, Shard):
             raise StateError(f"{name}: tensors placed by {placement} can't be stored")
-    # The rightmost first: each one splits what the dimensions to its right have left.
-    for mesh_dim, dim, factor in reversed(strided):
-        product, place = 1, 0
-        for index, (other, other_dim) in enumerate(order):
-            if other_dim == dim and other > mesh_dim:
-                product *= extents[other]
-                place = index + 1
-        if product != factor:
+        dim = placement.dim  # type: ignore[attr-defined]
+        place = _place(order, extents, dim, 1 if factor is None else int(factor))
+        if place is None:
             raise StateError(
                 f"{name}: {tensor.placements} over a mesh of {list(extents)} leaves each rank with pieces that do not "
                 "lie together; this kind of sharding can't be stored"
             )
         order.insert(place, (mesh_dim, dim))
     return tuple(order)
+
+
+def _place(order: Sequence[tuple[int, int]], extents: tuple[int, ...], dim: int, factor: int) -> int | None:
+    """Where in an order a split belongs that comes after others that have made ``factor`` parts; None: nowhere."""
+    parts = 1
+    for place, (mesh_dim, other) in enumerate(order):
+        if parts == factor:
+            return place
+        if other == dim:
+            parts *= extents[mesh_dim]
+    return len(order) if parts == factor else None
 
 
 def _ranks(mesh: torch.Tensor) -> tuple[int, ...]:
@@ -92,3 +98,34 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     if local.is_conj() or local.is_neg():
         return local.resolve_conj().resolve_neg()
     return local
+
+
+def kept_equal_by_ddp(
+    modules: Iterable[torch.nn.Module], optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[int, Layout]:
+    """Find the plain tensors that DDP keeps equal on the ranks of a group: parameters and their moments.
+
+    Parameters
+    ----------
+    modules, optimizers
+        All that are tracked.
+
+    Returns
+    -------
+    dict
+        By address of a tensor's memory, the ranks that hold it.
+    """
+    parameters: dict[torch.Tensor, Layout] = {}
+    for tracked in modules:
+        for module in tracked.modules():
+            if isinstance(module, DistributedDataParallel):
+                ranks = sorted(torch.distributed.get_process_group_ranks(module.process_group))
+                parameters.update(dict.fromkeys(module.parameters(), Layout.replicated(ranks)))
+    found = {parameter.data_ptr(): layout for parameter, layout in parameters.items()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if parameter in parameters:
+                for value in state.values():
+                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                        found[value.data_ptr()] = parameters[parameter]
+    return found

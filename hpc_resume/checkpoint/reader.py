@@ -161,12 +161,12 @@ class CheckpointReader:
 
     def _parts(self, wanted: Wanted) -> Iterator[tuple[int, _Part]]:
         record = self.manifest.structure.tensors[wanted.name]
-        if wanted.box.size != record.shape and not wanted.box.within(record.shape):
+        if wanted.box is not Box.whole(record.shape) and not wanted.box.within(record.shape):
             raise ValueError(f"{wanted.name}: {wanted.box} is not within {record.shape}")
         for rank, box in self.manifest.structure.parts(wanted.name, wanted.box):
             file, number = self._find(wanted.name, rank, box)
             entry = file.index.entries[number]
-            if box == wanted.box:
+            if box is wanted.box or box == wanted.box:
                 yield rank, _Part(file, number, entry, box, wanted.out)
                 continue
             part = box.intersect(wanted.box)
@@ -203,12 +203,12 @@ class CheckpointReader:
         file.read(group[0][1].entry.runs[0].file, begin, data)
         targets, sources = [], []
         for offset, part in group:
-            low = offset - begin
-            file.verify(part.number, data[low : low + part.entry.length])
-            source = _as(raw, low, part.entry, part.entry.box.size)
+            low, entry = offset - begin, part.entry
+            file.verify(part.number, data[low : low + entry.length])
+            source = _as(raw, low, entry, entry.box.size)
             targets.append(part.out)
-            whole = part.part is part.entry.box or part.part == part.entry.box
-            sources.append(source if whole else source[part.part.slices_in(part.entry.box)])
+            whole = part.part is entry.box or part.part == entry.box
+            sources.append(source if whole else source[part.part.slices_in(entry.box)])
         with torch.no_grad():
             torch._foreach_copy_(targets, sources)
         return end - begin
@@ -235,9 +235,10 @@ def _as(raw: torch.Tensor, low: int, entry: Entry, size: Sequence[int]) -> torch
     """View bytes as a tensor; a copy where they are not aligned for its type."""
     item = dtypes.item_bytes(entry.dtype)
     part = raw[low : low + math.prod(size) * item]
-    if (raw.data_ptr() + low) % item:
+    if low % item:  # memory itself is aligned for any type
         part = part.clone()
-    return part.view(dtypes.torch_dtype(entry.dtype)).view(tuple(size))
+    typed = part.view(dtypes.torch_dtype(entry.dtype))
+    return typed if len(size) == 1 else typed.view(tuple(size))
 
 
 def _neighbours(parts: list[tuple[int, _Part]]) -> Iterator[list[tuple[int, _Part]]]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpc_resume.checkpoint.manifest import FULL, MAX_BYTES, Manifest, ShardRecord
 from hpc_resume.checkpoint.objects import dump
 from hpc_resume.checkpoint.structure import Structure, integer, merge, string
+from hpc_resume.checkpoint.witnesses import differing
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
 from hpc_resume.untrusted import parse_json, read_regular
@@ -63,6 +64,8 @@ class Receipt:
         Names of earlier checkpoints in which bytes of this shard lie.
     state_bytes, written_bytes, write_s
         Bytes of this rank's part and of what was written of it; seconds from the first byte to durable.
+    witnesses
+        Of tensors of which rank 0's are stored.
     """
 
     header: Header
@@ -77,6 +80,7 @@ class Receipt:
     state_bytes: int
     written_bytes: int
     write_s: float
+    witnesses: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -92,15 +96,17 @@ class Receipt:
             "created": self.created,
             "shard": self.shard.to_json(),
             "structure_digest": self.structure_digest,
-            "structure": None if self.structure is None else self.structure.to_json(),
             "objects_digest": self.objects_digest,
             "objects": self.objects,
             "refers": list(self.refers),
             "state_bytes": self.state_bytes,
             "written_bytes": self.written_bytes,
             "write_s": self.write_s,
+            "witnesses": dict(self.witnesses),
         }
-        return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+        text = json.dumps(record, separators=(",", ":"), allow_nan=False)
+        structure = "null" if self.structure is None else f"{{{self.structure.to_text()}}}"
+        return f'{text[:-1]},"structure":{structure}}}'.encode()
 
     @classmethod
     def read(cls, path: Path) -> Receipt:
@@ -130,22 +136,26 @@ class Receipt:
         try:
             record = parse_json(data)
             header = Header(**{name: record[name] for name in Header.__dataclass_fields__})
-            structure = record["structure"]
+            described = record["structure"]
+            structure = None
+            if described is not None:
+                structure = Structure.known(record["structure_digest"]) or Structure.from_json(
+                    described, world_size=integer(header.world_size)
+                )
             return cls(
                 header=header,
                 by=integer(record["by"]),
                 created=float(record["created"]),
                 shard=ShardRecord.from_json(record["shard"]),
                 structure_digest=string(record["structure_digest"]),
-                structure=None
-                if structure is None
-                else Structure.from_json(structure, world_size=integer(header.world_size)),
+                structure=structure,
                 objects_digest=string(record["objects_digest"]),
                 objects=record["objects"],
                 refers=tuple(string(name) for name in record["refers"]),
                 state_bytes=integer(record["state_bytes"]),
                 written_bytes=integer(record["written_bytes"]),
                 write_s=float(record["write_s"]),
+                witnesses={string(name): string(hexed) for name, hexed in record["witnesses"].items()},
             )
         except _DAMAGED as error:
             raise IntegrityError(f"damaged receipt ({type(error).__name__}: {error!s:.200})") from error
@@ -225,4 +235,10 @@ def _structure(receipts: Sequence[Receipt]) -> Structure:
                         f"step {step}: {name} is to be stored by rank {rank}, which does not track it: plain "
                         "tensors must be the same on all ranks; make it a DTensor, or track it under DDP"
                     )
+    for receipt in receipts[1:]:
+        if other := differing(receipts[0].witnesses, receipt.witnesses):
+            raise IntegrityError(
+                f"step {step}: {other[0]} of rank {receipt.shard.rank} is not the same as rank 0's, which alone would "
+                "be stored: give what ranks do not share different names, make it a DTensor, or put it under DDP"
+            )
     return merged

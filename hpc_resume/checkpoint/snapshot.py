@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class Captured:
         The non-tensor state as typed JSON, by tracked key.
     leaves
         All live tensors by name.
+    witnesses
+        Of tensors of which rank 0's are stored; see :mod:`hpc_resume.checkpoint.witnesses`.
     """
 
     structure: Structure
@@ -38,6 +40,7 @@ class Captured:
     sources: tuple[torch.Tensor, ...]
     objects: Any
     leaves: Mapping[str, torch.Tensor]
+    witnesses: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class Snapshot:
 
     Parameters
     ----------
-    structure, pieces, objects
+    structure, pieces, objects, witnesses
         As captured.
     image
         The shard that holds all pieces.
@@ -66,6 +69,7 @@ class Snapshot:
     data: tuple[Bytes, ...]
     cuts: tuple[Partitions, ...]
     arena: Arena | None = None
+    witnesses: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -125,6 +129,7 @@ class Camera:
             data=data,
             cuts=self._cuts,
             arena=arena,
+            witnesses=captured.witnesses,
         )
 
     def may_stage(self, captured: Captured) -> bool:

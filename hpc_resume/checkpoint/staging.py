@@ -140,6 +140,7 @@ class Staging:
                 objects_digest=objects_digest(snapshot.objects),
                 objects=snapshot.objects if rank == 0 else None,
                 refers=tuple(sorted({checkpoint for checkpoint, _ in image.files})),
+                witnesses=snapshot.witnesses,
                 state_bytes=snapshot.size_bytes,
                 written_bytes=written_bytes,
                 write_s=round(created - begun, 4),

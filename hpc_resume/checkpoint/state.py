@@ -13,24 +13,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hpc_resume.checkpoint import dtypes, objects
+from hpc_resume.checkpoint import dtypes, objects, optimizers, witnesses
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.collector import paused_collector
-from hpc_resume.checkpoint.fit import key_problems, shape_problems, target_for
+from hpc_resume.checkpoint.fit import (
+    Target,
+    check_names,
+    key_problems,
+    made_targets,
+    module_targets,
+    optimizer_targets,
+    present,
+)
 from hpc_resume.checkpoint.image import Piece
-from hpc_resume.checkpoint.layout import Layout
-from hpc_resume.checkpoint.leaves import flatten, leaf
-from hpc_resume.checkpoint.placement import layout_of, local_of
+from hpc_resume.checkpoint.layout import Layout, spread
+from hpc_resume.checkpoint.leaves import escape, flatten, leaf
+from hpc_resume.checkpoint.placement import kept_equal_by_ddp, layout_of, local_of
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
 from hpc_resume.checkpoint.snapshot import Captured, pieces_of
 from hpc_resume.checkpoint.standin import held_box
@@ -56,12 +58,15 @@ class _Plan:
         What all store, and what this rank stores.
     cuts
         For each piece of a tracked tensor, its name and the slices of what this rank holds; None for all of it.
+    witnesses
+        Names of tensors of which rank 0's are stored, to compare the other ranks' with.
     """
 
     signature: list[Any]
     structure: Structure
     pieces: tuple[Piece, ...]
     cuts: tuple[tuple[str, tuple[slice, ...] | None], ...]
+    witnesses: tuple[str, ...]
 
 
 class TrackedState:
@@ -162,6 +167,7 @@ class TrackedState:
             sources=(*sources, *own.values()),
             objects=tree,
             leaves=leaves,
+            witnesses=witnesses.take({name: leaves[name] for name in plan.witnesses}),
         )
 
     def _own_objects(self, tree: Any) -> torch.Tensor:
@@ -173,7 +179,10 @@ class TrackedState:
 
     def _plan(self, leaves: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> _Plan:
         """Decide who stores what; the same plan as before while nothing but values has changed."""
-        replicated = self._replicated_storages() if self._replicas else set()
+        replicated: dict[int, Layout] = {}
+        if self._replicas:
+            tracked = (self._items[key] for key in self._owners)
+            replicated = kept_equal_by_ddp(self._modules.values(), tracked)
         signature: list[Any] = [
             (
                 name,
@@ -181,7 +190,7 @@ class TrackedState:
                 tensor.dtype,
                 (tensor.device_mesh, tensor.placements, tensor.to_local().shape)
                 if isinstance(tensor, DTensor)
-                else tensor.data_ptr() in replicated,
+                else replicated.get(tensor.data_ptr()),
             )
             for name, tensor in leaves.items()
         ]
@@ -196,15 +205,17 @@ class TrackedState:
         signature: list[Any],
         leaves: Mapping[str, torch.Tensor],
         own: Mapping[str, torch.Tensor],
-        replicated: set[int],
+        replicated: Mapping[int, Layout],
     ) -> _Plan:
-        everybody, leader = Layout.replicated(range(self._world_size)), Layout.replicated((0,))
+        leader = Layout.replicated((0,))
+        sharded = {n: layout_of(n, t, self._rank) for n, t in leaves.items() if isinstance(t, DTensor)}
+        whole = spread(sharded.values())
         records = {}
         for name, tensor in leaves.items():
-            if isinstance(tensor, DTensor):
-                layout = layout_of(name, tensor, self._rank)
+            if name in sharded:
+                layout = whole[sharded[name]]
             else:
-                layout = everybody if tensor.numel() and tensor.data_ptr() in replicated else leader
+                layout = replicated.get(tensor.data_ptr(), leader) if tensor.numel() else leader
             records[name] = TensorRecord(tuple(tensor.shape), dtypes.name_of(tensor.dtype), layout)
         structure = Structure(records)
         pieces = pieces_of(structure, self._rank)
@@ -222,37 +233,25 @@ class TrackedState:
             )
             for name, tensor in own.items()
         ]
-        return _Plan(signature, structure, (*pieces, *private), tuple(cuts))
+        return _Plan(signature, structure, (*pieces, *private), tuple(cuts), self._witnesses(leaves, records))
+
+    def _witnesses(
+        self, leaves: Mapping[str, torch.Tensor], records: Mapping[str, TensorRecord]
+    ) -> tuple[str, ...]:
+        if self._world_size == 1:
+            return ()
+        parameters = {p.data_ptr() for module in self._modules.values() for p in module.parameters()}
+        named = {n: t for n, t in leaves.items() if n.split("/", 1)[0] not in map(escape, self._owners)}
+        modules = set(map(escape, self._modules))
+        return witnesses.pick(named, records, modules=modules, parameters=parameters)
 
     def _state_of(self, key: str) -> Any:
         item = self._items[key]
         if key in self._modules:
             return get_model_state_dict(item)
         if key in self._owners:
-            return get_optimizer_state_dict(self._owners[key], item)
+            return optimizers.state_of(self._owners[key], item)
         return item if isinstance(item, dict) else item.state_dict()
-
-    def _replicated_storages(self) -> set[int]:
-        """Addresses of plain tensors that DDP keeps equal on all ranks: parameters and their moments."""
-        parameters = {
-            id(parameter)
-            for tracked in self._modules.values()
-            for module in tracked.modules()
-            if isinstance(module, DistributedDataParallel)
-            for parameter in module.parameters()
-        }
-        found = set()
-        for module in self._modules.values():
-            found |= {p.data_ptr() for p in module.parameters() if id(p) in parameters}
-        for key in self._owners:
-            for parameter, state in self._items[key].state.items():
-                if id(parameter) in parameters:
-                    found |= {
-                        value.data_ptr()
-                        for value in state.values()
-                        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
-                    }
-        return found
 
     # ---------------------------------------------------------------- restore
 
@@ -296,8 +295,7 @@ class TrackedState:
         if key in self._modules:
             set_model_state_dict(item, state)
         elif key in self._owners:
-            # Not strict: a parameter that never had a gradient has no state to restore.
-            set_optimizer_state_dict(self._owners[key], item, state, options=StateDictOptions(strict=False))
+            optimizers.load_state(self._owners[key], item, state)
         elif isinstance(item, dict):
             fresh = dict(state)
             item.clear()
@@ -334,33 +332,24 @@ class TrackedState:
             return objects.parse(own.numpy().tobytes())
         return manifest.objects
 
-    def _targets(self, tree: Any, reader: CheckpointReader) -> dict[str, tuple[str, torch.Tensor]]:
+    def _targets(self, tree: Any, reader: CheckpointReader) -> dict[str, Target]:
         """Tensors to read into, by name: each with the name under which it is stored."""
         if not isinstance(tree, dict):
             raise IntegrityError(f"{reader.folder}: its non-tensor state is no mapping")
         problems = key_problems(set(self._items), set(tree))
-        targets: dict[str, tuple[str, torch.Tensor]] = {}
+        targets: dict[str, Target] = {}
         for key in self._items.keys() & tree.keys():
             names = objects.tensor_names(tree[key])
-            _check_names(names, targets, reader)
-            have = self._present(key)
+            check_names(names, targets, reader)
+            if key in self._owners:
+                owner, item = self._owners[key], self._items[key]
+                problems += optimizer_targets(key, owner, item, tree[key], reader, targets)
+                continue
+            have = present(key, self._state_of(key))
             if key in self._modules:
-                problems += [
-                    f"{n}: in the model, not in the checkpoint" for n in sorted(have.keys() - names.keys())
-                ]
-                problems += [
-                    f"{n}: in the checkpoint, not in the model" for n in sorted(names.keys() - have.keys())
-                ]
-                for name in have.keys() & names.keys():
-                    problems += shape_problems(name, have[name], names[name], reader)
-                targets.update({n: (names[n], have[n]) for n in names.keys() & have.keys()})
+                problems += module_targets(have, names, self._box_of, reader, targets)
             else:
-                fresh = key not in self._owners
-                made: dict[str, torch.Tensor] = {}
-                for name, stored in names.items():
-                    if stored not in made:
-                        made[stored] = target_for(have.get(name), stored, reader, fresh=fresh)
-                    targets[name] = stored, made[stored]
+                made_targets(have, names, reader, targets)
         if problems:
             raise MismatchError(
                 f"{reader.folder}: does not fit the tracked state:\n  "
@@ -369,17 +358,3 @@ class TrackedState:
                 "what fits: hr.Checkpoint(old_run_dir).load_into(model, strict=False)"
             )
         return targets
-
-    def _present(self, key: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of an item as it is now, by each of their names."""
-        tree, leaves = flatten(key, self._state_of(key))
-        return {name: leaves[stored] for name, stored in objects.tensor_names(tree).items()}
-
-
-def _check_names(names: Mapping[str, str], earlier: Mapping[str, Any], reader: CheckpointReader) -> None:
-    """Check that each tensor of a state is stored, and is not another tracked object's too."""
-    for name, stored in names.items():
-        if stored not in reader.manifest.structure.tensors:
-            raise IntegrityError(f"{reader.folder}: {stored} stands in the state but has no bytes")
-        if name in earlier:
-            raise IntegrityError(f"{reader.folder}: {name} stands in the state twice")

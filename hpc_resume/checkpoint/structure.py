@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from hpc_resume.checkpoint.blocks import panels
@@ -87,6 +88,7 @@ class Structure:
         self._shared: dict[tuple[int, ...], list[tuple[Layout, int]]] | None = None
         self._by_layout: dict[Layout, list[str]] = {}
         self._digest: str | None = None
+        self._text: str | None = None
 
     def __eq__(self, other: object) -> bool:
         return self.tensors == other.tensors if isinstance(other, Structure) else NotImplemented
@@ -98,9 +100,34 @@ class Structure:
     def digest(self) -> str:
         """32 hex digits of SHA-256: equal for equal structures."""
         if self._digest is None:
-            text = json.dumps(self.to_json(), separators=(",", ":"))
-            self._digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+            self._digest = hashlib.sha256(self.to_text().encode()).hexdigest()[:32]
+            _recent[self._digest] = self
+            while len(_recent) > _KEPT:
+                del _recent[next(iter(_recent))]
         return self._digest
+
+    def to_text(self) -> str:
+        """Write :meth:`to_json` as the members of a JSON object, a tensor a line; kept for the next time."""
+        if self._text is None:
+            record = self.to_json()
+            layouts = ",\n".join(f"  {_compact(layout)}" for layout in record["layouts"])
+            tensors = ",\n".join(
+                f"  {_compact(name)}: {_compact(entry)}" for name, entry in record["tensors"].items()
+            )
+            self._text = f' "layouts": [\n{layouts}\n ],\n "tensors": {{\n{tensors}\n }}'
+        return self._text
+
+    @property
+    def placed(self) -> int:
+        """Ranks of all layouts together."""
+        return sum(
+            len(layout.ranks) for layout in {r.layout for r in self.tensors.values()} if layout is not None
+        )
+
+    @staticmethod
+    def known(digest: str) -> Structure | None:
+        """Find a structure that this process has had to do with lately: it need not be parsed again."""
+        return _recent.get(digest)
 
     def stored_by(self, rank: int) -> Iterator[tuple[str, Box]]:
         """Give what a rank stores, by name; a tensor without elements is stored by nobody."""
@@ -223,6 +250,12 @@ class Structure:
         return cls(tensors)
 
 
+_compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+#: Structures by digest: while a run goes on, each of its checkpoints has the same.
+_recent: dict[str, Structure] = {}
+_KEPT = 4
+
+
 def _panels(record: TensorRecord, box: Box) -> Iterator[Box]:
     if record.layout is None or not record.layout.splits:
         return iter((box,))
@@ -244,16 +277,19 @@ def merge(structures: Sequence[Structure]) -> Structure:
         for name, record in structure.tensors.items():
             if tensors.setdefault(name, record) != record:
                 raise IntegrityError(
-                    f"{name} is {_describe(tensors[name])} on one rank and {_describe(record)} on another: the "
-                    "ranks track different models"
+                    f"{name} is {_describe(tensors[name])} to some ranks and {_describe(record)} to others. What has "
+                    "one name is one tensor: name the parts of a pipeline differently, and put what is replicated "
+                    "on one mesh, or under DDP"
                 )
     return Structure(tensors)
 
 
 def _describe(record: TensorRecord) -> str:
-    return f"{record.dtype} {list(record.shape)}" + (
-        f" on {len(record.layout.ranks)} ranks" if record.layout is not None else ""
-    )
+    if record.layout is None:
+        return f"{record.dtype} {list(record.shape)}"
+    ranks = ", ".join(map(str, sorted(record.layout.ranks)[:8])) + ", …" * (len(record.layout.ranks) > 8)
+    split = f" split in dimensions {[dim for _, dim in record.layout.splits]}" * bool(record.layout.splits)
+    return f"{record.dtype} {list(record.shape)} on ranks {ranks}{split}"
 
 
 def integer(value: Any) -> int:
@@ -286,7 +322,8 @@ def check_name(name: Any) -> str:
     return str(name)
 
 
-def check_shape(shape: Sequence[int], item_bytes: int) -> None:
+@lru_cache(maxsize=1 << 14)
+def check_shape(shape: tuple[int, ...], item_bytes: int) -> None:
     """Check that there can be a tensor of a shape.
 
     Raises

@@ -249,10 +249,6 @@ def test_without_any_whole_checkpoint_the_run_stops_instead_of_starting_over(tmp
     for path in run_dir.glob("checkpoints/*/rank*"):
         os.truncate(path, path.stat().st_size - 1)
     attempt = Attempt(run_dir, 1, train, 8)
-    assert attempt.wait() == [0], "a byte of padding is nothing that a restore reads"
-    for path in run_dir.glob("checkpoints/*/rank*"):
-        os.truncate(path, 5000)
-    attempt = Attempt(run_dir, 1, train, 12)
     assert attempt.wait() == [4]
     assert "no checkpoint is whole any more" in attempt.log.read_text()
 

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from hpc_resume.checkpoint.leaves import escape, flatten
+from hpc_resume.errors import StateError
+from tests.checkpoint.fakes import playing
+
+
+def test_tensors_are_taken_out_under_their_paths():
+    a, b = torch.ones(2), torch.zeros(())
+    tree, leaves = flatten("k", {"x": [a, {"y": b}], 3: (np.arange(2),), "plain": 1})
+    assert tree == {
+        "$dict": [
+            ["x", [{"$tensor": "k/x/0"}, {"y": {"$tensor": "k/x/1/y"}}]],
+            [3, {"$tuple": [{"$ndarray": "k/3/0"}]}],
+            ["plain", 1],
+        ]
+    }
+    assert leaves["k/x/0"] is a
+    assert leaves["k/x/1/y"] is b
+    assert leaves["k/3/0"].tolist() == [0, 1]
+
+
+def test_a_tensor_that_stands_twice_is_stored_once():
+    weight = torch.ones(3, 2)
+    tree, leaves = flatten(
+        "k", {"a": weight, "b": weight.detach(), "c": weight.T, "d": weight[:2], "e": weight.clone()}
+    )
+    assert tree["b"] == {"$same": ["k/b", "k/a"]}
+    assert set(leaves) == {"k/a", "k/c", "k/d", "k/e"}
+
+
+def test_tensors_without_elements_are_not_taken_for_one():
+    _, leaves = flatten("k", {"a": torch.empty(0, 3), "b": torch.empty(0, 3)})
+    assert set(leaves) == {"k/a", "k/b"}
+
+
+@pytest.mark.parametrize("rows", [8, 2, 1])
+def test_all_ranks_find_the_same_tied_tensors(rows):
+    # With fewer rows than ranks, some hold nothing of them; they must come to the same names all the same.
+    found = set()
+    for rank in range(4):
+        with playing(rank, 4):
+            net = torch.nn.Sequential(*(torch.nn.Linear(3, rows, bias=False) for _ in range(3)))
+            net[1].weight = net[0].weight
+            fully_shard(net, mesh=init_device_mesh("cpu", (4,)))
+            tree, leaves = flatten("net", net.state_dict())
+            found.add((str(tree), tuple(leaves)))
+    assert len(found) == 1
+    assert found.pop()[1] == ("net/0.weight", "net/2.weight")
+
+
+@pytest.mark.parametrize(
+    ("component", "escaped"), [("a/b", "a%2Fb"), ("100%", "100%25"), (".", "%2E"), ("", "%"), ("a.b", "a.b")]
+)
+def test_components_become_names_of_links(component, escaped):
+    assert escape(component) == escaped
+
+
+def test_names_that_clash_are_refused():
+    with pytest.raises(StateError, match="k/1: two entries of the state have this name"):
+        flatten("k", {1: torch.ones(1), "1": torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "why"),
+    [
+        (torch.ones(2, 2).to_sparse(), "layout torch.sparse_coo"),
+        (torch.ones(2, device="meta"), "meta device"),
+    ],
+)
+def test_tensors_that_cannot_be_stored_are_refused_by_their_path(tensor, why):
+    with pytest.raises(StateError, match=f"k/x.*{why}"):
+        flatten("k", {"x": tensor})

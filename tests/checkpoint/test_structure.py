@@ -1,0 +1,88 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_resume.checkpoint.boxes import Box, covers_once
+from hpc_resume.checkpoint.layout import Layout
+from hpc_resume.checkpoint.structure import Structure, TensorRecord, merge
+from hpc_resume.errors import IntegrityError
+from tests.checkpoint.shapes import boxes_in, quick, structures
+
+WORLD = 8
+
+
+def everything_stored(structure):
+    """By name, who stores which boxes, asked of every rank."""
+    found = {name: [] for name in structure.tensors}
+    for rank in range(WORLD):
+        for name, box in structure.stored_by(rank):
+            found[name].append((rank, box))
+    return found
+
+
+@quick
+@given(structures())
+def test_all_ranks_together_store_every_element_once(structure):
+    for name, stored in everything_stored(structure).items():
+        record = structure.tensors[name]
+        assert covers_once(record.shape, [box for _, box in stored])
+        assert all(box.volume and rank in record.layout.ranks for rank, box in stored)
+
+
+@quick
+@given(structures(), st.data())
+def test_parts_are_what_ranks_store_of_a_box(structure, data):
+    stored = everything_stored(structure)
+    for name, record in structure.tensors.items():
+        want = data.draw(boxes_in(record.shape))
+        found = sorted(structure.parts(name, want))
+        assert found == sorted((r, box) for r, box in stored[name] if box.intersect(want) is not None)
+
+
+@quick
+@given(structures())
+def test_structures_survive_json(structure):
+    again = Structure.from_json(json.loads(json.dumps(structure.to_json())), world_size=WORLD)
+    assert again == structure
+    assert again.digest == structure.digest
+    assert everything_stored(again) == everything_stored(structure)
+
+
+@quick
+@given(structures(), structures())
+def test_merging_keeps_all_or_refuses(one, other):
+    clash = any(other.tensors.get(name, record) != record for name, record in one.tensors.items())
+    if clash:
+        with pytest.raises(IntegrityError, match="What has one name is one tensor"):
+            merge([one, other])
+    else:
+        assert merge([one, other]).tensors == {**one.tensors, **other.tensors}
+
+
+def test_pieces_say_where_no_layout_does():
+    record = TensorRecord((4, 2), "float32", None, ((0, Box((0, 0), (3, 2))), (5, Box((3, 0), (1, 2)))))
+    structure = Structure({"a": record})
+    again = Structure.from_json(structure.to_json(), world_size=6)
+    assert list(again.stored_by(5)) == [("a", Box((3, 0), (1, 2)))]
+    assert list(again.parts("a", Box((2, 0), (1, 1)))) == [(0, Box((0, 0), (3, 2)))]
+    with pytest.raises(IntegrityError, match="rank 5 of 5"):
+        Structure.from_json(structure.to_json(), world_size=5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ((-1,), "float32", Layout.replicated((0,))),
+        ((1,) * 65, "float32", Layout.replicated((0,))),
+        ((1 << 40, 1 << 40), "float32", Layout.replicated((0,))),
+        ((2,), "float99", Layout.replicated((0,))),
+        ((2,), "float32", Layout((2,), (0, 1), ((0, 1),))),
+        ((2,), "float32", None, ((0, Box((0,), (1,))),)),
+        ((2,), "float32", Layout.replicated((0,)), ((0, Box((0,), (2,))),)),
+    ],
+)
+def test_records_that_cannot_be_are_refused(arguments):
+    with pytest.raises(IntegrityError):
+        TensorRecord(*arguments)
