@@ -69,14 +69,17 @@ def read_regular(path: Path | str, *, longest_bytes: int, follow: bool = True) -
     """
     fd = open_regular(path, follow=follow)
     data = bytearray()
-    with os.fdopen(fd, "rb", buffering=0) as file:
-        if os.fstat(fd).st_size > longest_bytes:
+    try:
+        with os.fdopen(fd, "rb", buffering=0) as file:
+            size_bytes = os.fstat(fd).st_size
+            while size_bytes <= longest_bytes and (piece := file.read(_PIECE_BYTES)):
+                data += piece
+                size_bytes = max(size_bytes, len(data))
+        if size_bytes > longest_bytes:
             raise OSError(errno.EFBIG, f"longer than {longest_bytes} bytes", str(path))
-        while piece := file.read(_PIECE_BYTES):
-            data += piece
-            if len(data) > longest_bytes:
-                raise OSError(errno.EFBIG, f"longer than {longest_bytes} bytes", str(path))
-    return bytes(data)
+        return bytes(data)
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "there is no memory for it", str(path)) from None
 
 
 def _check_regular(mode: int, path: Path | str) -> None:

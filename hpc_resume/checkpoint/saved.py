@@ -10,12 +10,16 @@ import torch
 
 from hpc_resume.checkpoint.leaves import leaf
 from hpc_resume.checkpoint.objects import SAVED_TAG
-from hpc_resume.errors import StateError
+from hpc_resume.errors import IntegrityError, StateError
 
 
 def any_leaf(tag: str, tensor: torch.Tensor) -> Any:
     """Give a leaf back as what it was, one that ``torch.save`` wrote included; see :func:`leaves.leaf`."""
-    return load_saved(tensor.numpy().tobytes()) if tag == SAVED_TAG else leaf(tag, tensor)
+    if tag != SAVED_TAG:
+        return leaf(tag, tensor)
+    if tensor.dtype != torch.uint8:
+        raise IntegrityError(f"an object that torch.save wrote, as a tensor of {tensor.dtype}")
+    return load_saved(tensor.numpy().tobytes())
 
 
 def load_saved(data: bytes) -> Any:

@@ -343,4 +343,4 @@ def most_placed(world_size: int) -> int:
     A layout takes a line however many ranks it has, so a short file could ask for any amount of memory. No
     more than some dozen layouts of all ranks are known to occur.
     """
-    return max(64 * world_size, 1 << 20)
+    return max(64 * world_size, 1 << 18)

@@ -71,6 +71,7 @@ def select(tree: Any, keep: Callable[[str], bool]) -> Any:
     keep
         Whether a tensor stays, by its own name.
     """
+    objects.decode(tree, lambda _tag, _name: None)  # it is what it must be, or says what is wrong
     chosen = _select(tree, keep)
     return None if chosen is _GONE else chosen
 

@@ -26,7 +26,7 @@ CACHE = REPOSITORY / ".cache" / "fuzz"
 MEMORY_MB = 512
 CPU_S = 1.0
 #: Names of the functions in :mod:`tests.fuzz.targets`, which must be imported late: by who instruments it.
-TARGETS = ("manifest", "index", "shard", "typed", "structure", "records")
+TARGETS = ("manifest", "index", "shard", "typed", "structure", "records", "saved")
 LONGEST_BYTES = 100_000
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import json
 import os
 import shutil
 import struct
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice, pairwise
@@ -25,6 +27,7 @@ from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.index import Index, decode_index, index_digest
 from hpc_resume.checkpoint.manifest import Manifest
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted, tensor_like
+from hpc_resume.checkpoint.saved import load_saved
 from hpc_resume.checkpoint.structure import Structure, integer
 from hpc_resume.checkpoint.verify import verify_checkpoint
 from hpc_resume.errors import HpcResumeError, IntegrityError
@@ -123,8 +126,13 @@ def records(data: bytes) -> None:
     run.identity()
 
 
+def saved(data: bytes) -> None:
+    """What ``torch.save`` wrote: an object of another library, in a checkpoint that was imported."""
+    load_saved(data)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (manifest, index, shard, typed, structure, records)
+    target.__name__: target for target in (manifest, index, shard, typed, structure, records, saved)
 }
 
 
@@ -305,6 +313,15 @@ def seeds(name: str, root: Path) -> Iterator[bytes]:
             yield (root / "run.json").read_bytes()
             yield (root / "attempts/0001/events.jsonl").read_bytes()
             yield (root / "attempts/0001/attempt.json").read_bytes()
+    if name == "saved":
+        for value in (
+            {"a": torch.arange(3), "b": [1, "x", None, 2.5]},
+            OrderedDict(x=(1, 2)),
+            torch.ones(2).bfloat16(),
+        ):
+            file = io.BytesIO()
+            torch.save(value, file)
+            yield file.getvalue()
     if name == "shard":
         a = ["a", "float32", [4, 3], [0, 0], [4, 3], [[0, 64, 48]]]
         b = ["b", "bfloat16", [300, 128], [0, 0], [300, 128], [[1, 0, 76800]]]

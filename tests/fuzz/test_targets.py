@@ -15,7 +15,7 @@ from tests.hostile.base import make_run
 
 FOUND = Path(__file__).parent / "found"
 #: Mutations of each target; together they take a few seconds.
-MUTATIONS = {"shard": 300}
+MUTATIONS = {"shard": 500}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_seeds_and_their_mutations(root, name):
     inputs = list(seeds(name, root))
     taken = [data for data in inputs if timed(name, data)]
     assert taken, "no seed is right"
-    for _ in range(MUTATIONS.get(name, 1500)):
+    for _ in range(MUTATIONS.get(name, 3000)):
         data = rng.choice(taken if rng.random() < 0.7 else inputs)
         for _ in range(rng.randrange(1, 4)):
             data = mutate(data, rng, name)

@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -28,10 +29,11 @@ from click.testing import CliRunner
 from hpc_resume import cli
 from hpc_resume.checkpoint import store
 from hpc_resume.checkpoint.boxes import Box
+from hpc_resume.checkpoint.opened import Checkpoint
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted, tensor_like
 from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.checkpoint.verify import verify_run
-from hpc_resume.errors import CheckpointNotFound, IntegrityError, MismatchError
+from hpc_resume.errors import CheckpointNotFound, HpcResumeError, IntegrityError, MismatchError, StateError
 from hpc_resume.run import generators
 from hpc_resume.rundir import RunDirectory
 from tests.hostile.base import items, make_run
@@ -43,7 +45,8 @@ MEMORY_BYTES = 256 << 20
 CPU_S = 8
 #: ... and time on the clock, on a machine that has other things to do.
 WALL_S = 120
-OURS = (IntegrityError, CheckpointNotFound, MismatchError)
+#: Names of the errors that a read may end in.
+OURS = {error.__name__ for error in (IntegrityError, CheckpointNotFound, MismatchError, StateError)}
 
 
 def tree(root: Path) -> list[tuple[Any, ...]]:
@@ -62,7 +65,7 @@ def attempt(read: Callable[[], Any]) -> str:
     """What comes of a read: ``ok``, the name of an error of ours, or the traceback of any other."""
     try:
         read()
-    except OURS as error:
+    except HpcResumeError as error:
         if len(str(error)) > 4000:
             return f"a message of {len(str(error))} characters"
         return type(error).__name__
@@ -96,6 +99,27 @@ def restore(run: RunDirectory) -> None:
     assert torch.isfinite(objects["model"].up.weight).all()
 
 
+def open_it(run: RunDirectory) -> None:
+    """Every tensor, and every state as it was saved, through the public reader."""
+    with Checkpoint(run.root) as ckpt:
+        ckpt.load()
+        for key in ckpt.keys:
+            ckpt.state(key)
+
+
+def load_into(run: RunDirectory) -> None:
+    """The model, into one that is there."""
+    model = items(2)["model"]
+    with Checkpoint(run.root) as ckpt:
+        ckpt.load_into(model)
+
+
+def export(run: RunDirectory, suffix: str) -> str:
+    """What comes of an export to somewhere else."""
+    with tempfile.TemporaryDirectory() as folder:
+        return command("export", str(run.root), "--to", f"{folder}/exported{suffix}")
+
+
 def command(*words: str) -> str:
     """What comes of a verb: its exit code, or a traceback."""
     result = CliRunner().invoke(cli.main, list(words))
@@ -120,6 +144,10 @@ def look(root: Path) -> dict[str, str]:
     outcome["find"] = attempt(lambda: store.find(run))
     outcome["read"] = attempt(lambda: read_all(run))
     outcome["restore"] = attempt(lambda: restore(run))
+    outcome["open"] = attempt(lambda: open_it(run))
+    outcome["load_into"] = attempt(lambda: load_into(run))
+    for kind in (".safetensors", ".pt"):
+        outcome[f"export {kind}"] = export(run, kind)
     return outcome
 
 
@@ -156,9 +184,12 @@ def problems(case: Case, outcome: dict[str, str]) -> list[str]:
 
 
 def _fine(way: str, what: str) -> bool:
-    if way.split(maxsplit=1)[0] in {"verify", "ls", "show", "status"}:
+    verb = way.split(maxsplit=1)[0]
+    if verb == "export":
+        return what in {"0", "2", "3", "4"}  # 2: what does not go into the other format
+    if verb in {"verify", "ls", "show", "status"}:
         return what in {"0", "3", "4"}
-    return what in {"ok", "findings", *(error.__name__ for error in OURS)}
+    return what in {"ok", "findings", *OURS}
 
 
 def run_case(case: Case, base: Path, folder: Path) -> dict[str, Any]:
