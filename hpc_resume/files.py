@@ -69,11 +69,12 @@ class Filesystem:
             os.close(fd)
 
     def make_dirs(self, path: Path) -> None:
-        """Make a folder and those above it, as far as they are not there."""
+        """Make a folder and those above it, as far as they are not there; durable on return."""
         if not path.is_dir():
             self.make_dirs(path.parent)
             with contextlib.suppress(FileExistsError):  # somebody was faster
                 self.mkdir(path)
+            self.fsync_dir(path.parent)
 
     def remove_tree(self, path: Path) -> None:
         """Remove a folder and all that is in it, as far as the filesystem lets us."""

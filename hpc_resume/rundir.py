@@ -95,8 +95,8 @@ class RunDirectory:
             identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "name": name, "created": clock()}
             identity["digest"] = _digest(identity)
             draft = self.root / f".run.json.{uuid.uuid4().hex}"
-            fs.write_file(draft, json.dumps(identity, indent=1).encode())
             try:
+                fs.write_file(draft, json.dumps(identity, indent=1).encode())
                 fs.link(draft, self.identity_path)
             except FileExistsError:
                 pass  # somebody was faster

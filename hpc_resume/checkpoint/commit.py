@@ -27,7 +27,7 @@ from pathlib import Path
 
 from hpc_resume.checkpoint.manifest import MANIFEST, read_manifest
 from hpc_resume.checkpoint.receipt import Receipt, to_manifest
-from hpc_resume.errors import FencedError, IntegrityError
+from hpc_resume.errors import FencedError, IntegrityError, SaveError
 from hpc_resume.files import DISK, Filesystem
 from hpc_resume.rundir import RunDirectory, checkpoint_step
 
@@ -182,8 +182,24 @@ def _commit_sealed(
         if not target.exists():
             raise
         read_manifest(target)  # it has been renamed after all: the name holds the content id
-    fs.fsync_dir(run.checkpoints)
+    make_durable(run, manifest.name, fs)
     return manifest.name
+
+
+def make_durable(run: RunDirectory, name: str, fs: Filesystem) -> None:
+    """Wait until a commit survives a power cut.
+
+    Raises
+    ------
+    SaveError
+        If it may not.
+    """
+    try:
+        fs.fsync_dir(run.checkpoints)
+    except OSError as error:
+        raise SaveError(
+            f"{run.checkpoints / name}: is there, but may not survive a power cut ({error})"
+        ) from error
 
 
 def _present(sealed: Path, candidates: Sequence[Receipt]) -> Receipt:
@@ -268,10 +284,13 @@ def finish_earlier_commits(run: RunDirectory, *, fs: Filesystem = DISK) -> tuple
         if (folder / _REFUSED).exists():
             continue
         shards = [name for name in _names(folder, fs) if name == SHARDS or name.startswith(_SEALED)]
-        if not shards or committed_by(run, attempt, staged_step(folder.name)) is not None:
-            fs.remove_tree(folder)  # what a commit, or a rank that came too late for one, has left
-            continue
         try:
+            name = committed_by(run, attempt, staged_step(folder.name))
+            if name is not None:
+                make_durable(run, name, fs)
+            if name is not None or not shards:
+                fs.remove_tree(folder)  # what a commit, or a rank that came too late for one, has left
+                continue
             committed.append(finish_commit(run, folder, take_over=True, fs=fs))
         except (IntegrityError, FileNotFoundError) as error:
             refused.append(str(error))

@@ -14,11 +14,12 @@ from hpc_resume.checkpoint.commit import (
     STAGING,
     committed_by,
     finish_commit,
+    make_durable,
     ranks_with_receipts,
 )
 from hpc_resume.checkpoint.image import Image, Piece
 from hpc_resume.checkpoint.index import shard_file
-from hpc_resume.checkpoint.manifest import ShardRecord
+from hpc_resume.checkpoint.manifest import MANIFEST, ShardRecord
 from hpc_resume.checkpoint.receipt import Header, Receipt, carries_structure, objects_digest
 from hpc_resume.checkpoint.shard import ShardWriter, WrittenShard
 from hpc_resume.checkpoint.snapshot import Snapshot
@@ -237,17 +238,17 @@ class Staging:
         """Remove what this rank has staged for a checkpoint that has failed; the last one removes the rest."""
         self._written.pop(step, None)
         folder = self.folder(step)
-        own = f"rank-{self._rank:05d}-of-"
-        with contextlib.suppress(OSError):
-            for name in self._fs.listdir(folder / SHARDS):
-                if name.startswith(own) or name.endswith(f".by-{self._rank:05d}.h5"):
-                    self._fs.unlink(folder / SHARDS / name)
-        with contextlib.suppress(OSError):
-            for name in self._fs.listdir(folder / RECEIPTS):
-                if name == f"{self._rank:05d}.json" or name.endswith(f".by-{self._rank:05d}.json"):
-                    self._fs.unlink(folder / RECEIPTS / name)
-            if not self._fs.listdir(folder / RECEIPTS) and not self._fs.listdir(folder / SHARDS):
-                self._fs.remove_tree(folder)
+        ours = (f"rank-{self._rank:05d}-of-", f"{self._rank:05d}.")
+        left = 0
+        for place in (folder / SHARDS, folder / RECEIPTS):
+            with contextlib.suppress(OSError):
+                for name in self._fs.listdir(place):
+                    if name.startswith(ours) or f".by-{self._rank:05d}." in name:
+                        self._fs.unlink(place / name)
+                    elif name != MANIFEST:
+                        left += 1
+        if not left:
+            self._fs.remove_tree(folder)
         self._discarded[step] = self._discarded.get(step, 0) + 1
 
     def missing(self, step: int) -> list[int]:
@@ -306,11 +307,13 @@ class Staging:
             if not gone and not isinstance(error, IntegrityError):
                 raise
             name = self.committed_name(step)
-            if name is None:
-                self._check_owner(step, error)
-                if not gone:
-                    raise
-            return name  # another rank was faster
+            if name is not None:  # another rank was faster
+                make_durable(self._run, name, self._fs)
+                return name
+            self._check_owner(step, error)
+            if not gone:
+                raise
+            return None
 
     def committed_name(self, step: int) -> str | None:
         """Name of the checkpoint that this attempt has committed for a step."""

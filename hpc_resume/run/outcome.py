@@ -151,13 +151,15 @@ class Outcomes:
         ------
         FencedError
             If a later attempt owns the run.
+        RendezvousError
+            If rank 0 is gone and the checkpoint can't be finished, unless this is the ``last`` one.
         """
         began = self._monotonic()
         patience = patience_s(part.own_s, left_s) if last else _BACKGROUND_S
         dead_after = max(self._dead_after_s, part.own_s)
         look_s = dead_after / _LOOKS
         while True:
-            outcome = self._look(part, look_s)
+            outcome = self._look(part, look_s, last=last)
             if outcome is not None:
                 return outcome
             try:
@@ -166,6 +168,10 @@ class Outcomes:
                 outcome = self._say(part, {"error": self._message(error)}, self._peers)
             if outcome is not None:
                 return outcome
+            if not last and not self._peers.reachable():
+                raise RendezvousError(
+                    f"rank 0 is gone, and the shards of ranks {_some(missing)} of step {step} have not come"
+                )
             if self._monotonic() - began > patience:
                 return self._say(part, {"error": _lacking(missing, patience)}, self._peers)
             if self._monotonic() - part.done_s > dead_after:
@@ -182,13 +188,14 @@ class Outcomes:
             return missing, None
         return missing, self._commit(step, part, self._peers, take_over=late_s > dead_after)
 
-    def _look(self, part: Part, look_s: float) -> JsonObject | None:
+    def _look(self, part: Part, look_s: float, *, last: bool) -> JsonObject | None:
         """Wait a little for somebody's word."""
         began = self._monotonic()
         try:
             outcome: JsonObject = self._peers.get(_key(part), look_s)
-        except RendezvousError:  # not yet; or the store is gone, and then it is said at once
-            self._pause(max(look_s - (self._monotonic() - began), 0.0))
+        except RendezvousError:  # not yet; or the store is gone, and then this comes at once
+            if self._peers.reachable() or last:
+                self._pause(max(look_s - (self._monotonic() - began), 0.0))
             return None
         return outcome
 
@@ -230,8 +237,11 @@ def _key(part: Part) -> str:
 def _lacking(missing: list[int], patience: float) -> str:
     if not missing:
         return f"all shards are there, but nobody has committed them within {patience:.0f} s"
-    ranks = ", ".join(map(str, missing[:8])) + ("" if len(missing) <= 8 else f" and {len(missing) - 8} more")
     return (
-        f"the shards of ranks {ranks} did not come within {patience:.0f} s, and no other rank holds what was in "
+        f"the shards of ranks {_some(missing)} did not come within {patience:.0f} s, and no other rank holds what was in "
         "them; those that are there are kept"
     )
+
+
+def _some(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + ("" if len(ranks) <= 8 else f" and {len(ranks) - 8} more")

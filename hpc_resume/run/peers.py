@@ -92,6 +92,14 @@ class Peers:
                 f"({str(error).splitlines()[0]}); look at the other ranks' logs"
             ) from error
 
+    def reachable(self) -> bool:
+        """Whether the store answers; if not, it is gone with rank 0."""
+        try:
+            self.store.check(["reachable"])
+        except RuntimeError:
+            return False
+        return True
+
     def settle(self, key: str, value: Any) -> Any:
         """Give a key a value unless it has one; returns what it has.
 
