@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from hpc_resume.files import Clock
+from hpc_resume.files import Clock, append_whole
 
 #: Values are turned into numbers and written at most this often: reading a GPU tensor waits for the GPU.
 _FLUSH_S = 1.0
@@ -51,8 +52,12 @@ class Metrics:
             numbers = {name: float(value) for name, value in row.items()}
             lines.append(json.dumps({"step": step, **numbers}))
         self._pending.clear()
-        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        data = ("\n".join(lines) + "\n").encode()
         try:
-            os.write(fd, ("\n".join(lines) + "\n").encode())
-        finally:
-            os.close(fd)
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                append_whole(fd, data)
+            finally:
+                os.close(fd)
+        except OSError as error:  # a full disk ends no training
+            sys.stderr.write(f"hpc_resume: {self._path}: metrics of {len(lines)} steps are lost ({error})\n")
