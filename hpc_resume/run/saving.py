@@ -181,6 +181,7 @@ class Saver:
         SaveError
             If it, or one before it, could not be written.
         """
+        began = self._clock()
         concurrent.futures.wait([each.writing for each in self._pending.values() if each.writing is not None])
         deadline_s = None if left_s is None else time.monotonic() + left_s
         for pending in sorted(self._pending):
@@ -193,7 +194,7 @@ class Saver:
         if step > self.saved_step:
             if deadline_s is not None:
                 left_s = max(deadline_s - time.monotonic(), 0.0)
-            left_s = self._take(state, step, samples, reason, wait=wait, left_s=left_s)
+            left_s = self._take(state, step, samples, reason, began=began, wait=wait, left_s=left_s)
         if wait:
             for pending in sorted(self._pending):
                 self._settle(pending, leaving=True, left_s=left_s, last=True)
@@ -205,11 +206,11 @@ class Saver:
         samples: int,
         reason: str,
         *,
+        began: float,
         wait: bool,
         left_s: float | None,
     ) -> float | None:
         """Capture the state and write it or have it written; returns the seconds left, as rank 0 knows them."""
-        began = self._clock()
         captured = state.capture(generators.capture())
         content, note = FULL, ""
         if wait:

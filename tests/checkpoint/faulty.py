@@ -160,7 +160,7 @@ class Faulty(Filesystem):
     def fsync_dir(self, path: Path) -> None:
         how = self._turn("fsync_dir", path, needs_space=False)
         with self._lock:
-            self._names[self._id(path)] = {name: self._id(path / name) for name in os.listdir(path)}  # noqa: PTH208 - names are all that is needed
+            self._names[self._id(path)] = {inner.name: self._id(inner) for inner in path.iterdir()}
         self._end(how, "fsync_dir")
 
     def rename(self, source: Path, target: Path) -> None:
