@@ -81,7 +81,8 @@ def follow(job: hr.Job, steps: int) -> None:
     while not job.over(job.state):
         now = job.status()
         attempt = now.attempts[-1] if now.attempts else None
-        place = f"attempt {attempt.attempt} ({attempt.node_type})" if attempt else "starting"
+        known = attempt is not None and attempt.node_type is not None  # its record comes a moment later
+        place = f"attempt {attempt.attempt} ({attempt.node_type})" if known else "starting"
         new = f"  {time.monotonic() - begin:4.0f} s  {place}, step {now.step} of {steps}"
         if sys.stdout.isatty():
             print(f"\r{new:70}", end="", flush=True)

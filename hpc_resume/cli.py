@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import click
 
 from hpc_resume._version import __version__
 from hpc_resume.errors import EXIT_CORRUPT, EXIT_FAILED, EXIT_NOTHING, HpcResumeError, UsageError
+from hpc_resume.untrusted import printable
 
 if TYPE_CHECKING:
     from hpc_resume.config import Config
@@ -30,7 +32,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except HpcResumeError as error:
-            click.echo(f"hpc-resume: {error}", err=True)
+            click.echo(printable(f"hpc-resume: {error}"), err=True)
             ctx.exit(error.exit_code)
 
 
@@ -186,20 +188,27 @@ def show(run: Path, step: int | None, as_json: bool) -> None:
 
 @main.command()
 @_run
+@click.option(
+    "--threads", type=click.IntRange(1, 256), default=2, show_default=True, help="Shards read at a time."
+)
 @_as_json
 @click.pass_context
-def verify(ctx: click.Context, run: Path, as_json: bool) -> None:
-    """Read every byte of a run's checkpoints, and compare it with what was committed."""
+def verify(ctx: click.Context, run: Path, threads: int, as_json: bool) -> None:
+    """Read every byte of a run's checkpoints, and compare it with what was committed.
+
+    Writes nothing. How far it is shows on stderr if that is a terminal.
+    """
     from hpc_resume.checkpoint.verify import verify_run
     from hpc_resume.rundir import RunDirectory
 
-    findings = verify_run(run)
+    with _progress("verifying") as told:
+        findings = verify_run(run, threads=threads, progress=told)
     names = RunDirectory(run).checkpoint_names()
     if as_json:
         _print_json([{"path": str(each.path), "problem": each.problem} for each in findings])
     else:
         for each in findings:
-            click.echo(f"{each.path}: {each.problem}")
+            click.echo(printable(f"{each.path}: {each.problem}").replace("\n", "\\n"))
     if findings:
         click.echo(f"{len(findings)} problem{'' if len(findings) == 1 else 's'} in {run}", err=True)
         ctx.exit(EXIT_CORRUPT)
@@ -268,6 +277,21 @@ def _short(path: Path) -> str:
         return str(path)
 
 
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show on stderr how many bytes are done, if it is a terminal; else do nothing."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(what, *columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1))
 
@@ -281,15 +305,17 @@ def _print_table(table: Table) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    from hpc_resume.report.tables import cell_text
+
     console = Console()  # respects NO_COLOR
     if table.title:
-        console.print(Text(table.title, style="bold"))
+        console.print(Text(printable(table.title), style="bold"))
     if table.rows:
         shown = RichTable()
         for column in table.columns:
             shown.add_column(column, justify="right" if column in table.right else "left")
         for row in table.rows:
-            shown.add_row(*(Text(cell) for cell in row))
+            shown.add_row(*(Text(cell_text(cell)) for cell in row))
         console.print(shown)
     if table.note:
-        console.print(Text(table.note))
+        console.print(Text(printable(table.note)))

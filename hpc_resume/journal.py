@@ -1,13 +1,30 @@
-"""The journal of one attempt: append-only events, one JSON object a line."""
+"""The journal of one attempt: append-only events, one JSON object a line.
+
+Each line ends with its checksum, under the name ``"#"``::
+
+    {"t": 1795532183.225, "event": "begun", "#": "5f3c0a91"}
+
+It is the CRC-32 of the line's bytes before it. Lines without one, of earlier versions, are read all the same.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from hpc_resume.errors import IntegrityError
+from hpc_resume.untrusted import read_regular
+
+#: A longer journal is none; one event takes some hundred bytes.
+_LONGEST_BYTES = 1 << 30
+_CHECKSUM = "#"  # no name that a keyword argument could have
+_SEALED = re.compile(rb'(.*), "#": "([0-9a-f]{8})"\}', re.DOTALL)
 
 
 class Journal:
@@ -41,8 +58,7 @@ class Journal:
         **fields
             JSON values.
         """
-        line = json.dumps({"t": round(self._clock(), 3), "event": kind, **fields}, allow_nan=True)
-        os.write(self._fd, (line + "\n").encode())
+        os.write(self._fd, write_line({"t": round(self._clock(), 3), "event": kind, **fields}))
         if durable:
             os.fsync(self._fd)
 
@@ -51,6 +67,12 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def write_line(record: Mapping[str, Any]) -> bytes:
+    """Give a record as a line with its checksum; it must not be empty."""
+    body = json.dumps(record, allow_nan=True).encode()[:-1]
+    return b'%s, "%s": "%08x"}\n' % (body, _CHECKSUM.encode(), zlib.crc32(body))
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -64,19 +86,60 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        The events in order. A line that is no JSON object (the torn last line of a killed process) is left
-        out.
+        The events in order, without their checksums. A line that is no JSON object (the torn last line of a
+        killed process), or that is not what was written, is left out.
+
+    Raises
+    ------
+    IntegrityError
+        If it can't be read, or is no file.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path, longest_bytes=_LONGEST_BYTES).split(b"\n")
     except FileNotFoundError:
         return []
-    events = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            events.append(record)
-    return events
+    except OSError as error:
+        raise IntegrityError(f"{path}: can't be read ({error.strerror})") from error
+    return [record for line in lines if (record := _read_line(line)) is not None]
+
+
+def damaged_lines(path: Path, *, sealed: bool) -> Iterator[tuple[int, str]]:
+    """Find the lines of a file of JSON lines that are not what was written.
+
+    Parameters
+    ----------
+    path
+        The file.
+    sealed
+        Whether every line must have a checksum; where one has, the others must have one anyway.
+
+    Yields
+    ------
+    (int, str)
+        The line's number, from 1, and what is wrong. The last line may be torn: a process that was killed
+        while it wrote leaves the beginning of one.
+    """
+    *whole, rest = read_regular(path, longest_bytes=_LONGEST_BYTES).split(b"\n")
+    sealed = sealed or any(map(_intact, [*whole, rest]))
+    for number, line in enumerate(whole, 1):
+        if _read_line(line) is None or (sealed and not _intact(line)):
+            yield number, "is not what was written"
+    if rest and _intact(rest[:-1]):  # its end, too, was written, and is something else now
+        yield len(whole) + 1, "is not what was written: it goes on after its end"
+
+
+def _intact(line: bytes) -> bool:
+    """Whether a line has a checksum, and the right one."""
+    match = _SEALED.fullmatch(line)
+    return match is not None and zlib.crc32(match[1]) == int(match[2], 16)
+
+
+def _read_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or (_CHECKSUM in record and not _intact(line)):
+        return None
+    record.pop(_CHECKSUM, None)
+    return record

@@ -23,12 +23,15 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_resume.errors import CheckpointNotFound, IntegrityError
+from hpc_resume.errors import CheckpointNotFound, IntegrityError, UsageError
 from hpc_resume.files import DISK, Clock, Filesystem, JsonObject
+from hpc_resume.untrusted import brief, check_nesting, parse_json, read_regular
 
 SCHEMA = 1
-_ATTEMPT = re.compile(r"\d{4,}")
-_CHECKPOINT = re.compile(r"(\d{10,20})-([0-9a-f]{8})")
+#: A longer run.json is none.
+_LONGEST_IDENTITY_BYTES = 1 << 20
+_ATTEMPT = re.compile(r"[0-9]{4,18}")
+_CHECKPOINT = re.compile(r"([0-9]{10,20})-([0-9a-f]{8})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +84,26 @@ class RunDirectory:
         -------
         dict
             The identity: ``run_id``, ``name``, ``created`` (Unix seconds), ``schema``.
+
+        Raises
+        ------
+        UsageError
+            If the folders can't be made.
+        IntegrityError
+            If there is an identity, and it is damaged.
         """
-        for folder in (self.attempts, self.checkpoints, self.quarantine, self.configs):
-            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for folder in (self.attempts, self.checkpoints, self.quarantine, self.configs):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{self.root}: can't be made a run directory ({error.strerror}: {error.filename}); "
+                "give another run_dir, on a filesystem that all nodes can write to"
+            ) from error
         if not self.identity_path.exists():
             identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "name": name, "created": clock()}
-            identity["digest"] = _digest(identity)
             draft = self.root / f".run.json.{uuid.uuid4().hex}"
-            fs.write_file(draft, json.dumps(identity, indent=1).encode())
+            fs.write_file(draft, sealed(identity))
             try:
                 os.link(draft, self.identity_path)  # unlike a rename, a link never replaces
             except FileExistsError:
@@ -109,21 +124,24 @@ class RunDirectory:
             If the file is damaged.
         """
         try:
-            identity = json.loads(self.identity_path.read_bytes())
-        except FileNotFoundError:
+            identity = parse_json(read_regular(self.identity_path, longest_bytes=_LONGEST_IDENTITY_BYTES))
+            check_nesting(identity, 8)
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckpointNotFound(
                 f"{self.root}: no run directory (there is no run.json in it); "
                 "give the folder that was passed as run_dir, or list one: ls runs/"
             ) from None
         except ValueError as error:
-            raise IntegrityError(f"{self.identity_path}: damaged ({error})") from error
+            raise IntegrityError(f"{self.identity_path}: damaged ({error!s:.200})") from error
+        except OSError as error:
+            raise IntegrityError(f"{self.identity_path}: can't be read ({error.strerror})") from error
         if not isinstance(identity, dict) or not isinstance(identity.get("run_id"), str):
             raise IntegrityError(f"{self.identity_path}: damaged (no run_id)")
-        if identity.get("digest") != _digest(identity):
+        if identity.get("digest") != digest(identity):
             raise IntegrityError(f"{self.identity_path}: damaged (its digest differs)")
         if identity.get("schema") != SCHEMA:
             raise IntegrityError(
-                f"{self.identity_path}: schema {identity.get('schema')!r}, but this version reads {SCHEMA}"
+                f"{self.identity_path}: schema {brief(identity.get('schema'))}, but this version reads {SCHEMA}"
             )
         return identity
 
@@ -131,7 +149,7 @@ class RunDirectory:
         """Numbers of the attempts that have begun, ascending."""
         try:
             names = os.listdir(self.attempts)  # noqa: PTH208 - names are all that is needed
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(int(name) for name in names if _ATTEMPT.fullmatch(name))
 
@@ -139,14 +157,20 @@ class RunDirectory:
         """Names in ``checkpoints/`` that look like a checkpoint, by ascending step."""
         try:
             names = os.listdir(self.checkpoints)  # noqa: PTH208 - as above
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted((name for name in names if _CHECKPOINT.fullmatch(name)), key=checkpoint_step)
 
 
-def _digest(identity: JsonObject) -> str:
-    body = {key: value for key, value in identity.items() if key != "digest"}
+def digest(record: JsonObject) -> str:
+    """First 16 hex digits of the SHA-256 of a record, whatever its ``digest`` field says."""
+    body = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sealed(record: JsonObject) -> bytes:
+    """Give a record as the bytes of its file, with its digest as the last field."""
+    return json.dumps({**record, "digest": digest(record)}, indent=1).encode()
 
 
 def checkpoint_name(step: int, content_id: str) -> str:

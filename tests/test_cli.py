@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from hpc_resume import cli
 from hpc_resume.checkpoint.verify import Finding
 from hpc_resume.job import Job
+from hpc_resume.journal import write_line
 from hpc_resume.launch.handle import find_jobs
-from hpc_resume.rundir import RunDirectory
+from hpc_resume.rundir import RunDirectory, sealed
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -51,15 +52,14 @@ def finished(tmp_path):
     run = RunDirectory(tmp_path / "runs" / "gpt")
     run.create("gpt")
     run.attempt(1).mkdir()
-    (run.attempt(1) / "attempt.json").write_text(
-        '{"attempt": 1, "node_type": "pair", "world_size": 2, "started": 0}'
-    )
+    record = {"schema": 2, "attempt": 1, "node_type": "pair", "world_size": 2, "started": 0}
+    (run.attempt(1) / "attempt.json").write_bytes(sealed(record))
     events = [
         {"t": 1, "event": "fresh", "step": 0},
         {"t": 20, "event": "ended", "cause": "done", "decision": "done"},
     ]
-    (run.attempt(1) / "events.jsonl").write_text(
-        "\n".join(json.dumps({**each, "step": 9}) for each in events)
+    (run.attempt(1) / "events.jsonl").write_bytes(
+        b"".join(write_line({**each, "step": 9}) for each in events)
     )
     return run.root
 
@@ -84,6 +84,14 @@ def test_no_run_there_is_exit_code_3(tmp_path, verb):
     assert "Traceback" not in shown.stderr
 
 
+@pytest.mark.parametrize("verb", ["status", "ls", "show", "verify", "cancel"])
+def test_a_file_is_no_run_directory(tmp_path, verb):
+    (tmp_path / "train.py").touch()
+    shown = call(verb, tmp_path / "train.py")
+    assert (shown.exit_code, shown.stdout) == (3, "")
+    assert "no run directory" in shown.stderr
+
+
 def test_ls_of_a_run_without_checkpoints(finished):
     assert call("ls", finished).stdout.strip().endswith("no checkpoint yet")
     assert json.loads(call("ls", finished, "--json").stdout) == []
@@ -96,7 +104,7 @@ def test_show_names_the_steps_there_are(finished):
 
 def test_verify_with_findings_is_exit_code_4(finished, monkeypatch):
     finding = Finding(path=finished / "checkpoints" / "x", problem="block 3 of 8 differs")
-    monkeypatch.setattr("hpc_resume.checkpoint.verify.verify_run", lambda root: [finding])
+    monkeypatch.setattr("hpc_resume.checkpoint.verify.verify_run", lambda root, **_: [finding])
     shown = call("verify", finished)
     assert (shown.exit_code, shown.stdout) == (4, f"{finding.path}: block 3 of 8 differs\n")
     assert "1 problem in" in shown.stderr
@@ -110,7 +118,7 @@ def test_verify_with_findings_is_exit_code_4(finished, monkeypatch):
 def test_verify_of_nothing_is_exit_code_3_and_of_sound_checkpoints_0(finished, monkeypatch):
     assert call("verify", finished).exit_code == 3
     (finished / "checkpoints" / "0000000009-0123abcd").mkdir()
-    monkeypatch.setattr("hpc_resume.checkpoint.verify.verify_run", lambda root: [])
+    monkeypatch.setattr("hpc_resume.checkpoint.verify.verify_run", lambda root, **_: [])
     shown = call("verify", finished)
     assert (shown.exit_code, shown.stdout) == (0, "")
     assert "1 checkpoint: every byte as committed" in shown.stderr

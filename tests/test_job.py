@@ -62,5 +62,5 @@ def test_a_log_that_is_not_there_is_named():
 
 
 def test_a_run_that_was_never_submitted(tmp_path):
-    with pytest.raises(CheckpointNotFound, match="no job was submitted"):
+    with pytest.raises(CheckpointNotFound, match="no run directory"):
         Job.of(tmp_path)

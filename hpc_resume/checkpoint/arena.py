@@ -22,6 +22,9 @@ from hpc_resume.checkpoint.shard import Bytes
 #: Larger tensors are copied by several threads, in parts of this size.
 _PART_BYTES = 4 << 20
 
+#: Place in the staging area, and the live tensor.
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
 
 class Arena:
     """Memory for the image of one shard.
@@ -39,6 +42,7 @@ class Arena:
     def __init__(self, image: Image, pieces: Sequence[Piece], *, threads: int, pinned: bool) -> None:
         self.image = image
         self.pieces = pieces
+        self.pinned = pinned
         self.size_bytes = -(-image.size_bytes // ALIGN_BYTES) * ALIGN_BYTES
         if pinned:
             self._memory = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=True)
@@ -55,8 +59,8 @@ class Arena:
             self.bytes[at : at + len(content)] = np.frombuffer(content, np.uint8)
         self.data: tuple[Bytes, ...] = tuple(self.bytes[at : at + length] for at, length in image.data)
         self._views = self._typed()
-        self._event: torch.cuda.Event | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._events: list[torch.cuda.Event] = []
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def _touch(self) -> None:
         step = -(-self.size_bytes // self._threads)
@@ -84,10 +88,10 @@ class Arena:
         """
         large: list[tuple[Bytes, Bytes]] = []
         small: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        remote: list[tuple[torch.Tensor, torch.Tensor]] = []
+        remote: dict[torch.device, list[_Pair]] = {}
         for number, source in enumerate(sources):
             if source.device.type != "cpu":
-                remote.append((self._views[number], source))
+                remote.setdefault(source.device, []).append((self._views[number], source))
             elif len(self.data[number]) >= _PART_BYTES // 4 and source.is_contiguous():
                 flat = source.reshape(-1).view(torch.uint8).numpy()
                 target = self.data[number]
@@ -98,7 +102,7 @@ class Arena:
             else:
                 small[0].append(self._views[number])
                 small[1].append(source)
-        self._event = self._copy_from_gpu(remote) if remote else None
+        self._events = [self._copy_from_gpu(device, pairs) for device, pairs in remote.items()]
         copies = self._pool.map(lambda pair: np.copyto(*pair), large)
         if small[0]:
             with torch.no_grad():
@@ -106,25 +110,26 @@ class Arena:
         for _ in copies:
             pass
 
-    def _copy_from_gpu(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
-        device = pairs[0][1].device
+    def _copy_from_gpu(self, device: torch.device, pairs: Sequence[_Pair]) -> torch.cuda.Event:
+        """Queue copies on a stream of their own, behind what is queued already and before what comes."""
         current = torch.cuda.current_stream(device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), torch.no_grad():
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._streams[device]
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), torch.no_grad():
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-                source.record_stream(self._stream)
+                source.record_stream(stream)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
+            event.record(stream)
         current.wait_event(event)
         return event
 
     def wait(self) -> None:
-        """Wait until copies from a GPU have arrived."""
-        if self._event is not None:
-            self._event.synchronize()
+        """Wait until copies from GPUs have arrived."""
+        for event in self._events:
+            event.synchronize()
 
     def close(self) -> None:
         """End the threads; the memory goes when nobody holds it any more."""

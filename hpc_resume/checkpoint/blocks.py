@@ -1,21 +1,28 @@
 """Blocks: the stretches of a stored box that one checksum covers, and the panels that a box is stored in.
 
-Both are computed from shapes alone, by the writer and by any reader, so neither is recorded. Their edges lie
+Both are computed from shapes alone, by the writer and by any reader, so neither is recorded. Edges of blocks lie
 where other numbers of ranks will cut: a rank that needs a part of a box then reads, and verifies, just that
-part.
+part. Several neighbouring blocks make a segment, with a checksum of its own: whoever reads all of it verifies it
+at once.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
 from hpc_resume.checkpoint.boxes import Box
 
-#: Longest block. Source: measured; 128 KiB are still in the cache when they are hashed, and xxh3's call costs
-#: 3 % of the hashing.
+#: Longest block: what is compared, and written anew if it differs, by an incremental save.
 BLOCK_BYTES = 128 * 1024
+#: ... of a table with many rows, of which an optimizer may touch few.
+TABLE_BLOCK_BYTES = 16 * 1024
+_TABLE_ROWS = 8192
+#: Longest segment. Source: measured; still in the cache when it is hashed after it was read, and the call of the
+#: hash function and the interpreter's lock cost little against it.
+SEGMENT_BYTES = 1 << 20
 #: A box up to this size is one block.
 SINGLE_BLOCK_BYTES = 64 * 1024
 #: Numbers of ranks at whose row cuts blocks end, so that any of them reads whole blocks only.
@@ -26,9 +33,14 @@ _SHORTEST_CUT_BYTES = 16 * 1024
 #: what it needs.
 _PANELS = 8
 
+#: Byte positions at which blocks, or segments, begin, and the length of the box.
+Edges = tuple[int, ...]
+#: The edges of a box's blocks, and of its segments if it has more than one block.
+Partitions = tuple[Edges, ...]
 
-def block_edges(shape: Sequence[int], box: Box, item_bytes: int) -> tuple[int, ...]:
-    """Byte positions at which the blocks of a box begin, and its length.
+
+def partitions(shape: Sequence[int], box: Box, length: int) -> Partitions:
+    """Cut a stored box into blocks and segments.
 
     Parameters
     ----------
@@ -36,17 +48,26 @@ def block_edges(shape: Sequence[int], box: Box, item_bytes: int) -> tuple[int, .
         Of the whole tensor.
     box
         The stored box; its bytes are in C order.
-    item_bytes
-        Bytes of an element.
+    length
+        Bytes of it.
+
+    Returns
+    -------
+    tuple of tuple of int
+        The checksums of a box are those of its blocks, then those of its segments.
     """
-    length = box.volume * item_bytes
     if length <= SINGLE_BLOCK_BYTES:
-        return (0, length) if length else (0,)
-    return _edges(shape[0], box.start[0], box.size[0], length)
+        return ((0, length),) if length else ((0,),)
+    return _cut(shape[0], box.start[0], box.size[0], length)
+
+
+def count_checksums(cut: Partitions) -> int:
+    """Return the number of checksums of a box."""
+    return sum(len(edges) - 1 for edges in cut)
 
 
 @lru_cache(maxsize=4096)
-def _edges(extent: int, first: int, rows: int, length: int) -> tuple[int, ...]:
+def _cut(extent: int, first: int, rows: int, length: int) -> Partitions:
     row_bytes = length // rows
     cuts = {0, rows}
     for ranks in _ROW_CUTS:
@@ -54,15 +75,45 @@ def _edges(extent: int, first: int, rows: int, length: int) -> tuple[int, ...]:
         if chunk * row_bytes >= _SHORTEST_CUT_BYTES:
             cuts.update(row - first for row in range(chunk, extent, chunk) if first < row < first + rows)
     edges: list[int] = []
-    ordered = sorted(cuts)
-    step = BLOCK_BYTES // row_bytes
-    for low, high in pairwise(ordered):
+    block_bytes = TABLE_BLOCK_BYTES if extent >= _TABLE_ROWS else BLOCK_BYTES
+    step = block_bytes // row_bytes
+    for low, high in pairwise(sorted(cuts)):
         if step:
             edges += range(low * row_bytes, high * row_bytes, step * row_bytes)
         else:  # blocks within rows
             for row in range(low, high):
-                edges += range(row * row_bytes, (row + 1) * row_bytes, BLOCK_BYTES)
-    return (*edges, length)
+                edges += range(row * row_bytes, (row + 1) * row_bytes, block_bytes)
+    edges.append(length)
+    segments = [0]
+    for low, high in pairwise(edges):
+        if high - segments[-1] > SEGMENT_BYTES:
+            segments.append(low)
+    return tuple(edges), (*segments, length)
+
+
+def checks(cut: Partitions, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Say what to verify to be sure of a range of a box: segments where they lie in it, else blocks.
+
+    Yields
+    ------
+    (int, int, int)
+        First byte, one past the last, and the place among the box's checksums; in order, without gaps, from
+        at or before ``begin`` to at or after ``end``.
+    """
+    blocks = cut[0]
+    segments = cut[1] if len(cut) > 1 else ()
+    place = bisect_right(blocks, begin) - 1
+    position = blocks[place]
+    while position < end:
+        number = bisect_left(segments, position)
+        if number < len(segments) - 1 and segments[number] == position and segments[number + 1] <= end:
+            yield position, segments[number + 1], len(blocks) - 1 + number
+            position = segments[number + 1]
+            place = bisect_left(blocks, position)
+        else:
+            yield position, blocks[place + 1], place
+            place += 1
+            position = blocks[place]
 
 
 def panels(shape: Sequence[int], box: Box, item_bytes: int, split_dims: Sequence[int]) -> Iterator[Box]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -28,8 +30,8 @@ class Box:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Box:
-        """Return the box that is the whole tensor."""
-        return cls((0,) * len(shape), tuple(shape))
+        """Return the box that is the whole tensor; one object for all tensors of a shape."""
+        return _whole(tuple(shape))
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -68,21 +70,47 @@ class Box:
         return first, last + 1
 
 
+#: So many boxes are compared pair by pair; more must be told apart by cuts.
+_FEW = 32
+#: How often boxes are cut apart. Meshes cut a tensor once a dimension, if that.
+_MAX_CUTS = 16
+
+
+@lru_cache(maxsize=1 << 14)
+def _whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
+
+
 def covers_once(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
     """Whether the boxes tile a tensor: every element in exactly one of them.
 
-    Sorted by their first dimension, a box is compared only with those that begin before it ends, so row
-    shards of any number of ranks cost one pass.
+    Boxes are told apart by cuts through the whole tensor, as meshes make them, which takes little more than
+    sorting them. More than :data:`_FEW` that can't be cut apart count as no tiling: comparing all with all
+    would take as long as somebody wants who made them up.
     """
     if sum(box.volume for box in boxes) != math.prod(shape) or not all(box.within(shape) for box in boxes):
         return False
-    ordered = sorted(box for box in boxes if box.volume)
-    if not shape:
-        return len(ordered) == 1
-    active: list[Box] = []
-    for box in ordered:
-        active = [other for other in active if other.stop[0] > box.start[0]]
-        if any(other.intersect(box) for other in active):
+    groups = [([box for box in boxes if box.volume], 0)]
+    while groups:
+        group, depth = groups.pop()
+        parts = _cut(group) if len(group) > 1 and depth < _MAX_CUTS else []
+        if len(parts) > 1:
+            groups += [(part, depth + 1) for part in parts]
+        elif len(group) > _FEW or any(a.intersect(b) for a, b in itertools.combinations(group, 2)):
             return False
-        active.append(box)
     return True
+
+
+def _cut(boxes: list[Box]) -> list[list[Box]]:
+    """Cut boxes apart in the first dimension in which a cut goes through none of them."""
+    for dim in range(len(boxes[0].start)):
+        parts: list[list[Box]] = []
+        reach = -1
+        for box in sorted(boxes, key=lambda box: box.start[dim]):
+            if box.start[dim] >= reach:
+                parts.append([])
+            parts[-1].append(box)
+            reach = max(reach, box.start[dim] + box.size[dim])
+        if len(parts) > 1:
+            return parts
+    return []

@@ -7,16 +7,18 @@ are, and the manifest names every checkpoint that must be kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from hpc_resume.checkpoint.blocks import Partitions, count_checksums
 from hpc_resume.checkpoint.image import Image, Piece, changed_image
 from hpc_resume.checkpoint.index import Entry, Run
-from hpc_resume.checkpoint.shard import Bytes
+from hpc_resume.checkpoint.shard import Bytes, Job, ShardWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,7 @@ class Base:
     image
         Its layout, with the index.
     checksums
-        Of all its blocks.
+        Of all its blocks and segments.
     """
 
     checkpoint: str
@@ -49,36 +51,57 @@ class Base:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """A comparison of a snapshot's checksums with those of its base.
+    """A comparison of a snapshot with its base.
 
     Parameters
     ----------
     base
         What it was compared with.
+    checksums
+        Of the snapshot's blocks and segments.
     changed
-        For each block whether it differs.
+        For each piece, which of its blocks differ.
     changed_bytes, total_bytes
         Of the blocks that differ, and of all.
     """
 
     base: Base
-    changed: npt.NDArray[np.bool_]
+    checksums: bytes
+    changed: tuple[npt.NDArray[np.bool_], ...]
     changed_bytes: int
     total_bytes: int
 
     @classmethod
-    def since(cls, base: Base, table: bytes, edges: Sequence[Sequence[int]]) -> Changes:
-        """Compare checksums with those of a base."""
-        changed = np.frombuffer(table, np.uint64) != np.frombuffer(base.checksums, np.uint64)
-        lengths = np.concatenate([np.diff(each) for each in edges]) if edges else np.zeros(0, np.int64)
+    def since(
+        cls, base: Base, writer: ShardWriter, data: Sequence[Bytes], cuts: Sequence[Partitions]
+    ) -> Changes:
+        """Hash a snapshot and compare it with a base.
+
+        Of segments only those are hashed in which a block differs.
+        """
+        old = np.frombuffer(base.checksums, np.uint64)
+        table = old.copy()
+        firsts = [0, *accumulate(count_checksums(cut) for cut in cuts)]
+        blocks = [Job(first, piece, cut[0]) for first, piece, cut in zip(firsts, data, cuts, strict=False)]
+        writer.hash(blocks, table)
+        changed, segments, changed_bytes = [], [], 0
+        for job, cut in zip(blocks, cuts, strict=True):
+            last = job.first + len(cut[0]) - 1
+            flags = table[job.first : last] != old[job.first : last]
+            changed.append(flags)
+            if flags.any():
+                changed_bytes += int(np.diff(cut[0])[flags].sum())
+                segments += list(_touched_segments(job, cut, flags))
+        writer.hash(segments, table)
         return cls(
             base=base,
-            changed=changed,
-            changed_bytes=int(lengths[changed].sum()),
-            total_bytes=int(lengths.sum()),
+            checksums=table.tobytes(),
+            changed=tuple(changed),
+            changed_bytes=changed_bytes,
+            total_bytes=sum(map(len, data)),
         )
 
-    def shard(self, data: Sequence[Bytes], edges: Sequence[Sequence[int]]) -> tuple[Image, list[Bytes]]:
+    def shard(self, data: Sequence[Bytes], cuts: Sequence[Partitions]) -> tuple[Image, list[Bytes]]:
         """Lay out the shard that holds the changed bytes alone.
 
         Returns
@@ -92,18 +115,17 @@ class Changes:
         files: dict[tuple[str, str], int] = {}
         own: list[Bytes] = []
         drafts: list[list[Run]] = []
-        position, first = 0, 0
-        for entry, piece, marks in zip(base.image.entries, data, edges, strict=True):
+        position = 0
+        for entry, piece, cut, flags in zip(base.image.entries, data, cuts, self.changed, strict=True):
+            older = _Older(base, entry, files)
             runs: list[Run] = []
-            flags = self.changed[first : first + len(marks) - 1]
-            first += len(marks) - 1
-            for low, high, differs in _stretches(flags, marks):
+            for low, high, differs in _stretches(flags, cut[0]):
                 if differs:
                     own.append(piece[low:high])
                     runs.append(Run(0, position, high - low))
                     position += high - low
                 else:
-                    runs += _older(base, entry, low, high, files)
+                    runs += older.runs(low, high)
             drafts.append(runs)
 
         def entries_at(offset: int) -> tuple[Entry, ...]:
@@ -118,24 +140,46 @@ class Changes:
                 for entry, runs in zip(base.image.entries, drafts, strict=True)
             )
 
-        return changed_image(position, entries_at, tuple(files), len(self.changed)), own
+        return changed_image(position, entries_at, tuple(files), len(self.checksums) // 8), own
 
 
-def _stretches(flags: npt.NDArray[np.bool_], marks: Sequence[int]) -> list[tuple[int, int, bool]]:
+def _touched_segments(job: Job, cut: Partitions, flags: npt.NDArray[np.bool_]) -> Iterator[Job]:
+    """Give the segments of a piece in which a block differs; ``job`` are its blocks."""
+    if len(cut) == 1:
+        return
+    blocks, segments = cut
+    first = job.first + len(blocks) - 1
+    touched = {bisect_right(segments, blocks[number]) - 1 for number in np.flatnonzero(flags).tolist()}
+    for number in sorted(touched):
+        yield Job(first + number, job.piece, segments[number : number + 2])
+
+
+def _stretches(flags: npt.NDArray[np.bool_], edges: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
     """Merge neighbouring blocks that are alike: byte range, and whether they differ from the base."""
     turns = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1).tolist(), len(flags)]
-    return [(marks[low], marks[high], bool(flags[low])) for low, high in pairwise(turns) if low < high]
+    for low, high in pairwise(turns):
+        if low < high:
+            yield edges[low], edges[high], bool(flags[low])
 
 
-def _older(base: Base, entry: Entry, low: int, high: int, files: dict[tuple[str, str], int]) -> list[Run]:
-    """Where bytes ``low`` to ``high`` of a box lie by the base's index."""
-    found = []
-    position = 0
-    for run in entry.runs:
-        begin, end = max(low, position), min(high, position + run.length)
-        if begin < end:
+class _Older:
+    """Where bytes of a box lie by the base's index."""
+
+    def __init__(self, base: Base, entry: Entry, files: dict[tuple[str, str], int]) -> None:
+        self._base = base
+        self._runs = entry.runs
+        self._starts = [0, *accumulate(run.length for run in entry.runs)]
+        self._files = files
+
+    def runs(self, low: int, high: int) -> Iterator[Run]:
+        """Give the runs of bytes ``low`` to ``high``."""
+        place = bisect_right(self._starts, low) - 1
+        while low < high:
+            run, start = self._runs[place], self._starts[place]
+            end = min(high, start + run.length)
+            base = self._base
             holder = (base.checkpoint, base.file) if run.file == 0 else base.image.files[run.file - 1]
-            number = files.setdefault(holder, len(files) + 1)
-            found.append(Run(number, run.offset + begin - position, end - begin))
-        position += run.length
-    return found
+            number = self._files.setdefault(holder, len(self._files) + 1)
+            yield Run(number, run.offset + low - start, end - low)
+            low = end
+            place += 1

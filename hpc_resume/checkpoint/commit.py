@@ -21,6 +21,7 @@ import shutil
 import uuid
 from pathlib import Path
 
+from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.manifest import MANIFEST, read_manifest
 from hpc_resume.checkpoint.receipt import Receipt, to_manifest
 from hpc_resume.errors import IntegrityError
@@ -75,6 +76,7 @@ def _fence(run: RunDirectory, attempt: int, fs: Filesystem) -> None:
     fs.fsync_dir(run.attempt(attempt))
 
 
+@paused_collector()
 def finish_commit(run: RunDirectory, folder: Path, *, fs: Filesystem = DISK) -> str:
     """Turn a staged checkpoint into a committed one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hpc_resume.errors import IntegrityError, StateError
@@ -45,6 +46,7 @@ def item_bytes(dtype: str) -> int:
         raise IntegrityError(f"unknown element type {dtype!r}; known: {', '.join(ITEM_BYTES)}") from None
 
 
+@lru_cache(maxsize=64)
 def name_of(dtype: torch.dtype) -> str:
     """Name of a PyTorch element type, as manifests spell it.
 
@@ -59,6 +61,7 @@ def name_of(dtype: torch.dtype) -> str:
     return name
 
 
+@lru_cache(maxsize=64)
 def torch_dtype(name: str) -> torch.dtype:
     """PyTorch's element type for a name."""
     import torch

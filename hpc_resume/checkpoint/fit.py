@@ -9,16 +9,22 @@ import torch
 from hpc_resume.checkpoint import dtypes
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
+from hpc_resume.errors import MismatchError
 
 
 def target_for(have: torch.Tensor | None, stored: str, reader: CheckpointReader) -> torch.Tensor:
     """Make the tensor to read into: one like the one that is there, if that fits."""
     record = reader.manifest.structure.tensors[stored]
     dtype = dtypes.torch_dtype(record.dtype)
-    if have is not None and tuple(have.shape) == record.shape:
-        return torch.empty_like(have, dtype=dtype, requires_grad=False)
     reader.check_size(stored)
-    return torch.empty(record.shape, dtype=dtype)
+    try:
+        if have is not None and tuple(have.shape) == record.shape:
+            return torch.empty_like(have, dtype=dtype, requires_grad=False)
+        return torch.empty(record.shape, dtype=dtype)
+    except (RuntimeError, MemoryError) as error:  # PyTorch says either, whatever is short
+        raise MismatchError(
+            f"{reader.folder}: {stored}: no memory for {record.size_bytes} bytes: {str(error).splitlines()[0]:.200}"
+        ) from error
 
 
 def tied(stored: Mapping[str, str], have: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:

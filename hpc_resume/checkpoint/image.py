@@ -19,10 +19,11 @@ from typing import Any
 import xxhash
 
 from hpc_resume.checkpoint import dtypes
-from hpc_resume.checkpoint.blocks import block_edges
+from hpc_resume.checkpoint.blocks import Partitions, count_checksums, partitions
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
-from hpc_resume.checkpoint.index import CHECKSUM_BYTES, Entry, Run, encode_index
+from hpc_resume.checkpoint.index import CHECKSUM_BYTES, LONGEST_BYTES, Entry, Run, encode_index
+from hpc_resume.errors import StateError
 
 PACKED_BELOW_BYTES = 4096
 ALIGN_BYTES = 4096
@@ -52,9 +53,9 @@ class Piece:
         return self.box.volume * item_bytes(self.dtype)
 
     @property
-    def edges(self) -> tuple[int, ...]:
-        """Byte positions at which its blocks begin, and its length."""
-        return block_edges(self.shape, self.box, item_bytes(self.dtype))
+    def cut(self) -> Partitions:
+        """Its blocks and segments."""
+        return partitions(self.shape, self.box, self.length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,14 +137,14 @@ def full_image(pieces: Sequence[Piece]) -> Image:
         for piece, offset in zip(pieces, offsets, strict=True)
     )
     data = tuple((offset, piece.length) for piece, offset in zip(pieces, offsets, strict=True))
-    return layout.finish(data, entries, (), sum(len(piece.edges) - 1 for piece in pieces))
+    return layout.finish(data, entries, (), sum(count_checksums(piece.cut) for piece in pieces))
 
 
 def changed_image(
     size_bytes: int,
     entries_at: Callable[[int], tuple[Entry, ...]],
     files: tuple[tuple[str, str], ...],
-    blocks: int,
+    checksums: int,
 ) -> Image:
     """Lay out a shard that holds only the bytes that have changed, end to end in the dataset ``changed``.
 
@@ -155,13 +156,13 @@ def changed_image(
         Gives the index, once it is known at which offset they lie.
     files
         Checkpoint and file of each shard that the index refers to.
-    blocks
+    checksums
         Number of checksums.
     """
     layout = _Layout(pieces_above_packed=1)
     offset = layout.dataset("changed", "uint8", (size_bytes,)) if size_bytes else 0
     data = ((offset, size_bytes),) if size_bytes else ()
-    return layout.finish(data, entries_at(offset), files, blocks)
+    return layout.finish(data, entries_at(offset), files, checksums)
 
 
 class _Layout:
@@ -216,16 +217,20 @@ class _Layout:
         data: tuple[tuple[int, int], ...],
         entries: tuple[Entry, ...],
         files: tuple[tuple[str, str], ...],
-        blocks: int,
+        checksums: int,
     ) -> Image:
         """Add index and table, and take what HDF5 has written."""
         index_bytes = encode_index(entries, files)
+        if max(len(index_bytes), CHECKSUM_BYTES * checksums) > LONGEST_BYTES:
+            raise StateError(
+                f"{len(entries)} pieces with {checksums} checksums are more than one shard can hold: use more ranks"
+            )
         extents = list(self._extents)
         index = self.dataset("index", "uint8", (len(index_bytes),))
-        table = self.dataset("checksums", "uint64", (max(blocks, 1),))
+        table = self.dataset("checksums", "uint64", (max(checksums, 1),))
         self._file.close()
         size_bytes = self._memory.size()
-        extents += [(index, len(index_bytes)), (table, CHECKSUM_BYTES * max(blocks, 1))]
+        extents += [(index, len(index_bytes)), (table, CHECKSUM_BYTES * max(checksums, 1))]
         segments = [(index, index_bytes)]
         position = 0
         for offset, length in [*sorted(extents), (size_bytes, 0)]:
@@ -233,7 +238,7 @@ class _Layout:
             segments += self._read(position, offset - position)
             position = offset + length
         segments.sort()
-        table_bytes = CHECKSUM_BYTES * blocks
+        table_bytes = CHECKSUM_BYTES * checksums
         holes = sorted([*(extent for extent in data if extent[1]), (table, table_bytes)])
         before = _outside(segments, [hole for hole in holes if hole[0] < table], 0, table)
         after = _outside(

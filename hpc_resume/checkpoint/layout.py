@@ -15,6 +15,10 @@ from typing import Any
 
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.files import JsonObject
+from hpc_resume.untrusted import brief
+
+#: Dimensions of a mesh; PyTorch has no use for as many.
+_MAX_MESH_DIMENSIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +50,16 @@ class Layout:
     _place: dict[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if any(extent < 1 for extent in self.mesh) or math.prod(self.mesh) != len(self.ranks):
+        # Before they are multiplied: numbers of any length can stand in a file.
+        if len(self.mesh) > _MAX_MESH_DIMENSIONS or any(not 1 <= n <= len(self.ranks) for n in self.mesh):
+            raise ValueError(f"a mesh of {brief(self.mesh)} has not {len(self.ranks)} ranks")
+        if math.prod(self.mesh) != len(self.ranks):
             raise ValueError(f"a mesh of {self.mesh} has not {len(self.ranks)} ranks")
         dims = [mesh_dim for mesh_dim, _ in self.splits]
         if len(set(dims)) != len(dims) or any(not 0 <= dim < len(self.mesh) for dim in dims):
-            raise ValueError(f"splits {self.splits} of a mesh of {len(self.mesh)} dimensions")
+            raise ValueError(f"splits {brief(self.splits)} of a mesh of {len(self.mesh)} dimensions")
         if any(dim < 0 for _, dim in self.splits):
-            raise ValueError(f"splits {self.splits}")
+            raise ValueError(f"splits {brief(self.splits)}")
         place = {rank: index for index, rank in enumerate(self.ranks)}
         if len(place) != len(self.ranks) or min(self.ranks) < 0:
             raise ValueError("a rank stands twice in a mesh, or is negative")
@@ -70,7 +77,7 @@ class Layout:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape has the dimensions that are split."""
-        return all(dim < len(shape) for _, dim in self.splits)
+        return not self.splits or all(dim < len(shape) for _, dim in self.splits)
 
     def group_of(self, rank: int) -> int | None:
         """Give the number of the box that a rank holds; None if it is not in the mesh."""
@@ -166,8 +173,19 @@ class Layout:
         return {"mesh": list(self.mesh), "ranks": runs, "splits": [list(split) for split in self.splits]}
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any], *, world_size: int) -> Layout:
+    def from_json(
+        cls, record: Mapping[str, Any], *, world_size: int, most_ranks: int | None = None
+    ) -> Layout:
         """From JSON; see :meth:`to_json`.
+
+        Parameters
+        ----------
+        record
+            The layout.
+        world_size
+            Ranks that there are.
+        most_ranks
+            Ranks that it may have, if not all.
 
         Raises
         ------
@@ -175,11 +193,12 @@ class Layout:
             If it is none, or names a rank that there is not.
         """
         ranks: list[int] = []
+        most = world_size if most_ranks is None else min(world_size, most_ranks)
         for first, count in record["ranks"]:
             if type(first) is not int or type(count) is not int or first < 0 or count < 1:
-                raise ValueError(f"ranks {first!r:.20}, {count!r:.20}")
-            if first + count > world_size or len(ranks) + count > world_size:
-                raise ValueError(f"ranks {first} to {first + count - 1} of {world_size}")
+                raise ValueError(f"ranks {brief(first)}, {brief(count)}")
+            if first + count > world_size or len(ranks) + count > most:
+                raise ValueError(f"{brief(count)} ranks from {brief(first)} of {world_size}: too many")
             ranks += range(first, first + count)
         mesh = tuple(record["mesh"])
         splits = tuple((mesh_dim, dim) for mesh_dim, dim in record["splits"])

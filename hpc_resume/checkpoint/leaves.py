@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hpc_resume.checkpoint import dtypes, objects
-from hpc_resume.errors import StateError
+from hpc_resume.errors import IntegrityError, StateError
+
+_SPECIAL = re.compile(r"[%/\0]|^\.$")
 
 
 def flatten(key: str, state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -48,7 +51,7 @@ def flatten(key: str, state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         else:
             return None
         _check(path, tensor)
-        name = "/".join(map(escape, path))
+        name = _name(path)
         if name in names:
             raise StateError(f"{name}: two entries of the state have this name")
         names.add(name)
@@ -77,6 +80,16 @@ def _check(path: tuple[str, ...], tensor: torch.Tensor) -> None:
     dtypes.name_of(tensor.dtype)
 
 
+def _name(path: tuple[str, ...]) -> str:
+    """Join a path to a tensor's name."""
+    name = "/".join(map(escape, path))
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise StateError(f"{name!r}: a name that is no Unicode text can't be stored") from error
+    return name
+
+
 def _memory_of(tensor: torch.Tensor) -> Any:
     """Tell what two tensors share that are one; None if they have no elements.
 
@@ -93,10 +106,21 @@ def _memory_of(tensor: torch.Tensor) -> Any:
 
 def escape(component: str) -> str:
     """Make one component of a name that HDF5 takes as a link's name."""
+    if not _SPECIAL.search(component):
+        return component or "%"
     escaped = component.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
-    return "%2E" if escaped == "." else escaped or "%"
+    return "%2E" if escaped == "." else escaped
 
 
 def leaf(tag: str, tensor: torch.Tensor) -> Any:
-    """Give a tensor back as what it was."""
-    return tensor.numpy() if tag == "$ndarray" else tensor
+    """Give a tensor back as what it was.
+
+    Raises
+    ------
+    IntegrityError
+        If there is no array of its type: then it never was one.
+    """
+    try:
+        return tensor.numpy() if tag == "$ndarray" else tensor
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise IntegrityError(f"an array of type {tensor.dtype} ({error!s:.100})") from error

@@ -10,27 +10,42 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hpc_resume.checkpoint.collector import paused_collector
+from hpc_resume.checkpoint.fields import listed, maybe_string, pair, shown, time_s
 from hpc_resume.checkpoint.index import CHECKSUM_BYTES, SHARD_FILE, shard_file
-from hpc_resume.checkpoint.structure import Structure, TensorRecord, integer, integers, string
+from hpc_resume.checkpoint.structure import (
+    Structure,
+    TensorRecord,
+    integer,
+    integers,
+    most_placed,
+    string,
+)
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
-from hpc_resume.rundir import checkpoint_name, is_checkpoint_name
+from hpc_resume.rundir import checkpoint_name, checkpoint_step, is_checkpoint_name
+from hpc_resume.untrusted import parse_json, read_regular
 
 #: 1 had every box in the manifest; it was never released.
 SCHEMA = 2
 MANIFEST = "manifest.json"
-#: A file that claims to be a manifest and is longer is not read. 4,096 ranks with 20,000 tensors take 4 MB.
-MAX_BYTES = 1 << 30
-_FIRST_LINE = re.compile(rb'\{"schema": (\d{1,9}), "content_id": "([0-9a-f]{32})",\n')
+#: A longer manifest is neither written nor read. 4,096 ranks with 20,000 tensors take 4 MB.
+MAX_BYTES = 1 << 28
+#: Unix time of the year 10000, in which calendars end.
+_END_OF_TIME = 253402300800.0
+_FIRST_LINE = re.compile(rb'\{"schema": ([1-9][0-9]{0,8}), "content_id": "([0-9a-f]{32})",\n')
 _HEX16 = re.compile(r"[0-9a-f]{16}")
 _HEX32 = re.compile(r"[0-9a-f]{32}")
+_compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 #: Everything that was tracked.
 FULL = "full"
@@ -97,8 +112,8 @@ class ShardRecord:
             rank=integer(record["rank"]),
             node=string(record["node"]),
             size_bytes=integer(record["size_bytes"]),
-            index=_pair(record["index"]),
-            table=_pair(record["table"]),
+            index=pair(record["index"]),
+            table=pair(record["table"]),
             digest=string(record["digest"]),
             rest=string(record["rest"]),
         )
@@ -178,16 +193,25 @@ class Manifest:
                 raise IntegrityError(
                     f"shard {rank} of {self.world_size} is {shard.file} of rank {shard.rank}"
                 )
+        self._check_others()
+
+    def _check_others(self) -> None:
+        """Check what is said of other checkpoints, and of ranks and times."""
         for name in (*self.refers, *([] if self.parent is None else [self.parent])):
             if not is_checkpoint_name(name):
                 raise IntegrityError(f"{name!r:.100} is no name of a checkpoint")
+        if any(checkpoint_step(name) >= self.step for name in self.refers):
+            raise IntegrityError(f"step {self.step} refers to bytes of a later one, or to its own")
+        if not 0 <= self.created < _END_OF_TIME:
+            raise IntegrityError(f"it was written at {self.created}")
         if not all(0 <= rank < self.world_size for rank in (*self.differing_ranks, *self.missing_ranks)):
             raise IntegrityError("it speaks of ranks that there are not")
 
     @cached_property
     def _bytes(self) -> tuple[bytes, str]:
         """The body, and the content id."""
-        body = _lines(self._body())
+        parts = [_lines(self._head()), self.structure.to_text(), f' "objects": {_compact(self.objects)}']
+        body = (",\n".join(parts) + "\n}\n").encode()
         return body, hashlib.sha256(body).hexdigest()[:32]
 
     @property
@@ -213,9 +237,20 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return the file's content."""
         body, content_id = self._bytes
-        return b'{"schema": %d, "content_id": "%s",\n' % (SCHEMA, content_id.encode()) + body
+        data = b'{"schema": %d, "content_id": "%s",\n' % (SCHEMA, content_id.encode()) + body
+        if len(data) > MAX_BYTES:
+            raise IntegrityError(
+                f"step {self.step}: a manifest of {len(data)} bytes, more than {MAX_BYTES}, would not be read again: "
+                "track large non-tensor state as arrays or tensors"
+            )
+        return data
 
-    def _body(self) -> JsonObject:
+    def _head(self) -> JsonObject:
+        placed = self.structure.placed
+        if placed > most_placed(self.world_size):
+            raise IntegrityError(
+                f"step {self.step}: layouts of {placed} ranks in all would not be read again"
+            )
         return {
             "run_id": self.run_id,
             "attempt": self.attempt,
@@ -235,8 +270,6 @@ class Manifest:
             "environment": self.environment,
             "costs": self.costs,
             "shards": [shard.to_json() for shard in self.shards],
-            **self.structure.to_json(),
-            "objects": self.objects,
         }
 
     @classmethod
@@ -261,11 +294,11 @@ class Manifest:
         if content_id != first[2].decode():
             raise IntegrityError("its content is not what its content id says")
         try:
-            record = json.loads(b"{" + body, parse_constant=_no_constant)
+            record = parse_json(b"{" + body)
             manifest = cls._from_record(record)
         except IntegrityError:
             raise
-        except (ValueError, TypeError, LookupError, RecursionError, OverflowError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, OverflowError, AttributeError, MemoryError) as error:
             raise IntegrityError(f"damaged ({type(error).__name__}: {error!s:.200})") from error
         manifest.__dict__["_bytes"] = (body, content_id)  # what a cached property keeps
         return manifest
@@ -273,7 +306,7 @@ class Manifest:
     @classmethod
     def _from_record(cls, record: JsonObject) -> Manifest:
         world_size = integer(record["world_size"])
-        shards = tuple(ShardRecord.from_json(shard) for shard in record["shards"])
+        shards = tuple([ShardRecord.from_json(shard) for shard in listed(record["shards"])])
         if len(shards) != world_size:
             raise IntegrityError(f"{len(shards)} shards for {world_size} ranks")
         return cls(
@@ -284,22 +317,23 @@ class Manifest:
             reason=string(record["reason"]),
             content=string(record["content"]),
             note=string(record["note"]),
-            parent=None if record["parent"] is None else string(record["parent"]),
-            refers=tuple(string(name) for name in record["refers"]),
-            created=float(record["created"]),
+            parent=maybe_string(record["parent"]),
+            refers=tuple([string(name) for name in listed(record["refers"])]),
+            created=time_s(record["created"]),
             world_size=world_size,
             shards=shards,
             structure=Structure.from_json(record, world_size=world_size),
             objects=record["objects"],
             differing_ranks=integers(record["differing_ranks"]),
             missing_ranks=integers(record["missing_ranks"]),
-            node_type=record["node_type"],
-            config=record["config"],
-            environment=dict(record["environment"]),
-            costs=dict(record["costs"]),
+            node_type=maybe_string(record["node_type"]),
+            config=maybe_string(record["config"]),
+            environment=shown(record["environment"]),
+            costs=shown(record["costs"]),
         )
 
 
+@paused_collector()
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a committed checkpoint.
 
@@ -315,11 +349,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise IntegrityError(f"longer than {MAX_BYTES} bytes")
-        manifest = Manifest.from_bytes(data)
+        if stat.S_ISLNK(os.lstat(folder).st_mode):
+            raise IntegrityError(
+                "its folder is a symbolic link: put the folder itself there, or link checkpoints/ as a whole"
+            )
+        manifest = Manifest.from_bytes(read_regular(path, longest_bytes=MAX_BYTES, follow=False))
     except OSError as error:
         raise IntegrityError(f"{path}: can't be read ({error.strerror})") from error
     except IntegrityError as error:
@@ -329,29 +363,16 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _lines(record: JsonObject) -> bytes:
-    """JSON with one entry a line, without its opening brace, so that people can read it."""
+def _lines(record: JsonObject) -> str:
+    """Members of a JSON object, one entry a line, so that people can read them."""
     lines = []
     for key, value in record.items():
-        if key in {"tensors", "environment"} and value:
+        if key == "environment" and value:
             rows = ",\n".join(f"  {json.dumps(k)}: {_compact(v)}" for k, v in value.items())
             lines.append(f' "{key}": {{\n{rows}\n }}')
-        elif key in {"shards", "layouts"} and value:
+        elif key == "shards":
             rows = ",\n".join(f"  {_compact(v)}" for v in value)
             lines.append(f' "{key}": [\n{rows}\n ]')
         else:
             lines.append(f' "{key}": {_compact(value)}')
-    return (",\n".join(lines) + "\n}\n").encode()
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = integers(value)
-    return first, second
+    return ",\n".join(lines)

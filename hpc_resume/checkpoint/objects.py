@@ -10,12 +10,14 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from hpc_resume.errors import IntegrityError, StateError
+from hpc_resume.untrusted import brief, parse_json
 
 #: Given a leaf and its path, returns the node that stands for it (``{"$tensor": name}``), or None if it is
 #: no tensor.
@@ -29,6 +31,14 @@ TENSOR_TAGS = ("$tensor", "$ndarray")
 #: ``[name, stored]``: a tensor that is one with another one, under whose name it is stored.
 SAME_TAG = "$same"
 MAX_DEPTH = 100
+#: Longer integers can't be written in decimal by every Python.
+_LONGEST_INT_BITS = 14000
+#: Keys of one mapping or set that may have the same hash. Integers can be chosen so that all have, and then each
+#: one is compared with all others.
+_MOST_ALIKE = 100
+_NUMPY_TYPE = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
+_TORCH_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
+_DEVICE = re.compile(r"[a-z]{1,20}(:[0-9]{1,2})?")
 
 
 def encode(value: Any, path: tuple[str, ...], tensor: TensorNamer | None = None) -> Any:
@@ -53,10 +63,8 @@ def encode(value: Any, path: tuple[str, ...], tensor: TensorNamer | None = None)
     if tensor is not None and (node := tensor(value, path)) is not None:
         return node
     kind = type(value)
-    if value is None or kind is bool or kind is int or kind is str:
-        return value
-    if kind is float:
-        return value if math.isfinite(value) else {"$float": repr(value)}
+    if value is None or kind in _PLAIN:
+        return _encode_plain(value, path)
     if kind in _SEQUENCES:
         items = sorted(value, key=repr) if kind in {set, frozenset} else value
         encoded = [encode(item, (*path, str(index)), tensor) for index, item in enumerate(items)]
@@ -77,7 +85,16 @@ def encode(value: Any, path: tuple[str, ...], tensor: TensorNamer | None = None)
     )
 
 
-def decode(value: Any, tensor: TensorGetter | None = None) -> Any:
+def _encode_plain(value: Any, path: tuple[str, ...]) -> Any:
+    """Turn what JSON knows into JSON, as far as it does."""
+    if type(value) is int and value.bit_length() > _LONGEST_INT_BITS:
+        raise StateError(f"{_where(path)}: an integer of {value.bit_length()} bits can't be stored")
+    if type(value) is float and not math.isfinite(value):
+        return {"$float": repr(value)}
+    return value
+
+
+def decode(value: Any, tensor: TensorGetter | None = None, *, depth: int = 0) -> Any:
     """Turn JSON values back into the state.
 
     Parameters
@@ -86,6 +103,8 @@ def decode(value: Any, tensor: TensorGetter | None = None) -> Any:
         What :func:`encode` returned.
     tensor
         Gives the tensor for a tag and a name.
+    depth
+        How deep it is nested already.
 
     Raises
     ------
@@ -94,24 +113,29 @@ def decode(value: Any, tensor: TensorGetter | None = None) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if depth > MAX_DEPTH:
+        raise IntegrityError(f"no typed JSON: nested more than {MAX_DEPTH} deep")
     if isinstance(value, list):
-        return [decode(item, tensor) for item in value]
+        return [decode(item, tensor, depth=depth + 1) for item in value]
     if not isinstance(value, dict):
         raise IntegrityError(f"no typed JSON: {type(value).__name__}")
-    if len(value) == 1:
-        (tag, content), *_ = value.items()
-        if tag in TENSOR_TAGS and tensor is not None and isinstance(content, str):
-            return tensor(tag, content)
-        if tag == SAME_TAG and tensor is not None:
-            return tensor(TENSOR_TAGS[0], _own_name(content))
-        if tag in _DECODERS:
-            try:
-                return _DECODERS[tag](_Content(content, tensor))
-            except (TypeError, ValueError, AttributeError) as error:
-                raise IntegrityError(f"no typed JSON: {tag} holds {content!r:.80} ({error})") from error
-        if tag.startswith("$"):
-            raise IntegrityError(f"no typed JSON: unknown tag {tag!r}")
-    return {key: decode(item, tensor) for key, item in value.items()}
+    if len(value) == 1 and next(iter(value)).startswith("$"):
+        (pair,) = value.items()
+        return _decode_tagged(*pair, tensor, depth)
+    return {key: decode(item, tensor, depth=depth + 1) for key, item in value.items()}
+
+
+def _decode_tagged(tag: str, content: Any, tensor: TensorGetter | None, depth: int) -> Any:
+    if tag in TENSOR_TAGS and tensor is not None and isinstance(content, str):
+        return tensor(tag, content)
+    if tag == SAME_TAG and tensor is not None:
+        return tensor(TENSOR_TAGS[0], _own_name(content))
+    if tag in _DECODERS:
+        try:
+            return _DECODERS[tag](_Content(content, tensor, depth + 1))
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise IntegrityError(f"no typed JSON: {tag} holds {brief(content)} ({error!s:.200})") from error
+    raise IntegrityError(f"no typed JSON: unknown tag {brief(tag)}")
 
 
 def dump(value: Any) -> bytes:
@@ -128,9 +152,9 @@ def parse(data: bytes) -> Any:
         If it is no JSON.
     """
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"non-tensor state is damaged ({error})") from error
+        return parse_json(data)
+    except (ValueError, MemoryError) as error:
+        raise IntegrityError(f"non-tensor state is damaged ({error!s:.200})") from error
 
 
 def tensor_names(value: Any) -> dict[str, str]:
@@ -160,7 +184,7 @@ def _own_name(content: Any) -> str:
         or len(content) != 2
         or not all(isinstance(part, str) for part in content)
     ):
-        raise IntegrityError(f"no typed JSON: {SAME_TAG} holds {content!r:.80}")
+        raise IntegrityError(f"no typed JSON: {SAME_TAG} holds {brief(content)}")
     name: str = content[0]
     return name
 
@@ -169,6 +193,7 @@ def _where(path: tuple[str, ...]) -> str:
     return "".join((path[0], *(f"[{part!r}]" for part in path[1:]))) if path else "state"
 
 
+_PLAIN = frozenset({bool, int, str, float})
 _SEQUENCES: dict[type, str] = {list: "", tuple: "$tuple", set: "$set", frozenset: "$frozenset"}
 _MAPPINGS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordereddict", Counter: "$counter"}
 
@@ -188,6 +213,8 @@ def _encode_mapping(value: Mapping[Any, Any], path: tuple[str, ...], tensor: Ten
 def _encode_foreign(value: Any) -> Any:
     """NumPy scalars and PyTorch's small types, without importing either."""
     if (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.generic):
+        if value.dtype.kind not in "biufc":
+            return None
         return {"$numpy": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
     torch = sys.modules.get("torch")
     if torch is None:
@@ -204,39 +231,83 @@ def _encode_foreign(value: Any) -> Any:
 class _Content:
     """What a tag holds, and how to read it."""
 
-    def __init__(self, raw: Any, tensor: TensorGetter | None) -> None:
+    def __init__(self, raw: Any, tensor: TensorGetter | None, depth: int) -> None:
         self.raw = raw
         self._tensor = tensor
+        self._depth = depth
+
+    def text(self) -> str:
+        if not isinstance(self.raw, str):
+            raise TypeError("no string")
+        return self.raw
 
     def items(self) -> list[Any]:
         if not isinstance(self.raw, list):
-            raise TypeError("not a list")
-        return [decode(item, self._tensor) for item in self.raw]
+            raise TypeError("no list")
+        return [decode(item, self._tensor, depth=self._depth) for item in self.raw]
+
+    def keys(self) -> list[Any]:
+        """Items that are going to be looked up by their hash."""
+        return _spread(self.items())
 
     def pairs(self) -> list[tuple[Any, Any]]:
-        return [(decode(key), decode(item, self._tensor)) for key, item in self.raw]
+        if not isinstance(self.raw, list):
+            raise TypeError("no list")
+        pairs = [
+            (decode(key, depth=self._depth), decode(item, self._tensor, depth=self._depth))
+            for key, item in self.raw
+        ]
+        _spread([key for key, _ in pairs])
+        return pairs
 
     def bytes(self) -> bytes:
-        return base64.b64decode(self.raw, validate=True)
+        return base64.b64decode(self.text(), validate=True)
+
+
+def _spread(keys: list[Any]) -> list[Any]:
+    """Return keys as they are, unless too many have the same hash."""
+    if len(keys) > _MOST_ALIKE:
+        alike = Counter(map(hash, keys)).most_common(1)[0][1]
+        if alike > _MOST_ALIKE:
+            raise ValueError(f"{alike} keys of the same hash")
+    return keys
+
+
+def _float(content: _Content) -> float:
+    return float(content.text())
+
+
+def _complex(content: _Content) -> complex:
+    real, imag = content.items()
+    if type(real) is not float or type(imag) is not float:
+        raise TypeError("not two numbers")
+    return complex(real, imag)
 
 
 def _numpy_scalar(content: _Content) -> Any:
     import numpy as np
 
-    spelled, encoded = content.raw
-    dtype = np.dtype(str(spelled))
-    if dtype.kind not in "biufc":
+    spelled, encoded = _strings(content.raw)
+    if not _NUMPY_TYPE.fullmatch(spelled):
         raise ValueError("no number type")
+    dtype = np.dtype(spelled)
     data = base64.b64decode(encoded, validate=True)
     if len(data) != dtype.itemsize:
         raise ValueError("wrong size")
     return np.frombuffer(data, dtype)[0]
 
 
+def _strings(values: Any) -> Iterable[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("no list of strings")
+    return values
+
+
 def _torch_dtype(content: _Content) -> Any:
     import torch
 
-    dtype = getattr(torch, str(content.raw), None)
+    # Not by getattr(): that would import what PyTorch loads when it is asked for.
+    dtype = vars(torch).get(content.text()) if _TORCH_NAME.fullmatch(content.text()) else None
     if not isinstance(dtype, torch.dtype):
         raise TypeError("no PyTorch element type")
     return dtype
@@ -245,8 +316,10 @@ def _torch_dtype(content: _Content) -> Any:
 def _torch_device(content: _Content) -> Any:
     import torch
 
+    if not _DEVICE.fullmatch(content.text()):
+        raise ValueError("no device")
     try:
-        return torch.device(str(content.raw))
+        return torch.device(content.text())
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[0]) from error
 
@@ -254,18 +327,21 @@ def _torch_device(content: _Content) -> Any:
 def _torch_size(content: _Content) -> Any:
     import torch
 
-    return torch.Size(content.items())
+    extents = content.items()
+    if not all(type(extent) is int and 0 <= extent < 1 << 63 for extent in extents):
+        raise ValueError("no shape")
+    return torch.Size(extents)
 
 
 _DECODERS: dict[str, Callable[[_Content], Any]] = {
-    "$float": lambda content: float(content.raw),
+    "$float": _float,
     "$tuple": lambda content: tuple(content.items()),
-    "$set": lambda content: set(content.items()),
-    "$frozenset": lambda content: frozenset(content.items()),
+    "$set": lambda content: set(content.keys()),
+    "$frozenset": lambda content: frozenset(content.keys()),
     "$dict": lambda content: dict(content.pairs()),
     "$ordereddict": lambda content: OrderedDict(content.pairs()),
     "$counter": lambda content: Counter(dict(content.pairs())),
-    "$complex": lambda content: complex(*content.items()),
+    "$complex": _complex,
     "$bytes": _Content.bytes,
     "$numpy": _numpy_scalar,
     "$size": _torch_size,

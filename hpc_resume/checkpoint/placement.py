@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from hpc_resume.checkpoint.layout import Layout
 from hpc_resume.errors import StateError
 
 
-def layout_of(name: str, tensor: DTensor, rank: int) -> Layout:
+def layout_of(name: str, tensor: DTensor, rank: int, *, check: bool = True) -> Layout:
     """Say how a DTensor is spread over ranks.
 
     ``_StridedShard`` (FSDP2 over tensor parallelism) means that its mesh dimension splits after the later ones
@@ -25,7 +26,9 @@ def layout_of(name: str, tensor: DTensor, rank: int) -> Layout:
     tensor
         The tensor.
     rank
-        This process, to check the result with what it holds.
+        This process.
+    check
+        Compare the result with what it holds.
 
     Raises
     ------
@@ -41,7 +44,7 @@ def layout_of(name: str, tensor: DTensor, rank: int) -> Layout:
             f"{name}: rank {rank} has no part in its mesh of ranks {list(layout.ranks)[:8]}; track it only there"
         )
     box, local = layout.box(tensor.shape, group), tensor.to_local()
-    if box.size != tuple(local.shape):
+    if check and box.size != tuple(local.shape):
         raise StateError(
             f"{name}: rank {rank} holds {list(local.shape)} of {list(tensor.shape)}, but {tensor.placements} over a "
             f"mesh of {list(extents)} means {list(box.size)}: this kind of sharding can't be stored"
@@ -96,3 +99,34 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     if local.is_conj() or local.is_neg():
         return local.resolve_conj().resolve_neg()
     return local
+
+
+def kept_equal_by_ddp(
+    modules: Iterable[torch.nn.Module], optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[int, Layout]:
+    """Find the plain tensors that DDP keeps equal on the ranks of a group: parameters and their moments.
+
+    Parameters
+    ----------
+    modules, optimizers
+        All that are tracked.
+
+    Returns
+    -------
+    dict
+        By address of a tensor's memory, the ranks that hold it.
+    """
+    parameters: dict[torch.Tensor, Layout] = {}
+    for tracked in modules:
+        for module in tracked.modules():
+            if isinstance(module, DistributedDataParallel):
+                ranks = sorted(torch.distributed.get_process_group_ranks(module.process_group))
+                parameters.update(dict.fromkeys(module.parameters(), Layout.replicated(ranks)))
+    found = {parameter.data_ptr(): layout for parameter, layout in parameters.items()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if parameter in parameters:
+                for value in state.values():
+                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                        found[value.data_ptr()] = parameters[parameter]
+    return found

@@ -7,19 +7,19 @@ whole blocks; else through a small buffer, a few blocks at a time.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpc_resume.checkpoint import dtypes
-from hpc_resume.checkpoint.blocks import SINGLE_BLOCK_BYTES
+from hpc_resume.checkpoint.blocks import SEGMENT_BYTES, SINGLE_BLOCK_BYTES, checks
 from hpc_resume.checkpoint.boxes import Box
+from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.index import Entry
 from hpc_resume.checkpoint.manifest import Manifest
-from hpc_resume.checkpoint.shardfile import ShardFile
+from hpc_resume.checkpoint.shardfile import Check, ShardFile
 from hpc_resume.checkpoint.structure import TensorRecord
 from hpc_resume.errors import IntegrityError
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 #: One system call reads this much, and it is verified while it is still in the cache.
-_READ_BYTES = 1 << 20
+_READ_BYTES = SEGMENT_BYTES
 #: One thread's task.
 _TASK_BYTES = 8 << 20
 #: Small boxes that lie this close together are read in one go.
@@ -97,6 +97,7 @@ class CheckpointReader:
         """Fill ``out`` with a box of a tensor; see :meth:`read_all`."""
         self.read_all([Wanted(name, box, out)])
 
+    @paused_collector()
     def read_all(self, wanted: Iterable[Wanted]) -> None:
         """Fill tensors with boxes.
 
@@ -105,27 +106,21 @@ class CheckpointReader:
         IntegrityError
             If bytes are damaged or missing; the outputs are then undefined.
         """
-        direct: list[_Part] = []
         small: dict[tuple[int, int], list[tuple[int, _Part]]] = {}
-        for each in wanted:
-            if tuple(each.out.shape) != each.box.size:
-                raise ValueError(f"{each.name}: {tuple(each.out.shape)} for a box of {each.box.size}")
-            for rank, part in self._parts(each):
-                run = part.entry.runs[0]
-                if part.entry.length <= SINGLE_BLOCK_BYTES and len(part.entry.runs) == 1:
-                    small.setdefault((rank, run.file), []).append((run.offset, part))
-                else:
-                    direct.append(part)
-        tasks: list[tuple[_Part, int, int]] = []
-        for part in direct:
-            tasks += _split(part)
-        groups = [group for parts in small.values() for group in _neighbours(parts)]
-        if len(tasks) + len(groups) <= 1 or self._threads == 1:
-            counts = [*map(self._read_group, groups), *map(_read_rows, tasks)]
-        else:
-            with ThreadPoolExecutor(self._threads, thread_name_prefix="hpc-resume-read") as pool:
-                counts = [*pool.map(_read_rows, tasks), *pool.map(self._read_group, groups)]
-        self.bytes_read += sum(counts)
+        reads: list[Future[int]] = []
+        with _Readers(self._threads) as readers:
+            for each in wanted:  # the first ones are being read while the next ones are planned
+                if tuple(each.out.shape) != each.box.size:
+                    raise ValueError(f"{each.name}: {tuple(each.out.shape)} for a box of {each.box.size}")
+                for rank, part in self._parts(each):
+                    run = part.entry.runs[0]
+                    if part.entry.length <= SINGLE_BLOCK_BYTES and len(part.entry.runs) == 1:
+                        small.setdefault((rank, run.file), []).append((run.offset, part))
+                    else:
+                        reads += [readers.submit(_read_rows, task) for task in _split(part)]
+            for parts in small.values():
+                reads += [readers.submit(self._read_group, group) for group in _neighbours(parts)]
+            self.bytes_read += sum(read.result() for read in reads)
 
     def private(self, rank: int, prefix: str) -> dict[str, torch.Tensor]:
         """Read what a rank stored for itself, by the rest of the name."""
@@ -135,10 +130,11 @@ class CheckpointReader:
         found, parts = {}, []
         for number, entry in enumerate(file.index.entries):
             if entry.name.startswith(prefix):
-                out = torch.empty(entry.shape, dtype=dtypes.torch_dtype(entry.dtype))
-                found[entry.name.removeprefix(prefix)] = out
                 if entry.box != Box.whole(entry.shape):
                     raise IntegrityError(f"{file.path}: {entry.name} is stored in part only")
+                file.check_there(number)
+                out = torch.empty(entry.shape, dtype=dtypes.torch_dtype(entry.dtype))
+                found[entry.name.removeprefix(prefix)] = out
                 parts.append(_Part(file, number, entry, entry.box, out))
         for part in parts:
             for task in _split(part):
@@ -155,32 +151,40 @@ class CheckpointReader:
         """
         record = self.manifest.structure.tensors[name]
         whole = Box.whole(record.shape)
-        stored = sum(
-            self._open(rank).index.entries[self._open(rank).index.find(name, box)].length
-            for rank, box in self.manifest.structure.parts(name, whole)
-        )
+        stored = 0
+        for rank, box in self.manifest.structure.parts(name, whole):
+            file, number = self._find(name, rank, box)
+            file.check_there(number)
+            stored += file.index.entries[number].length
         if whole.volume and stored != record.size_bytes:
             raise IntegrityError(f"{self.folder}: {name}: {stored} bytes of {record.size_bytes} are stored")
 
     def _parts(self, wanted: Wanted) -> Iterator[tuple[int, _Part]]:
         record = self.manifest.structure.tensors[wanted.name]
-        if not wanted.box.within(record.shape):
+        if wanted.box is not Box.whole(record.shape) and not wanted.box.within(record.shape):
             raise ValueError(f"{wanted.name}: {wanted.box} is not within {record.shape}")
         for rank, box in self.manifest.structure.parts(wanted.name, wanted.box):
-            file = self._open(rank)
-            try:
-                number = file.index.find(wanted.name, box)
-            except IntegrityError as error:
-                raise IntegrityError(f"{file.path}: {error}") from error
+            file, number = self._find(wanted.name, rank, box)
             entry = file.index.entries[number]
-            if entry.dtype != record.dtype or entry.shape != record.shape:
-                raise IntegrityError(f"{file.path}: {wanted.name} is another tensor there")
-            if box == wanted.box:
+            if box is wanted.box or box == wanted.box:
                 yield rank, _Part(file, number, entry, box, wanted.out)
                 continue
             part = box.intersect(wanted.box)
             assert part is not None
             yield rank, _Part(file, number, entry, part, wanted.out[part.slices_in(wanted.box)])
+
+    def _find(self, name: str, rank: int, box: Box) -> tuple[ShardFile, int]:
+        """Find a stored box in its shard's index."""
+        record = self.manifest.structure.tensors[name]
+        file = self._open(rank)
+        try:
+            number = file.index.find(name, box)
+        except IntegrityError as error:
+            raise IntegrityError(f"{file.path}: {error}") from error
+        entry = file.index.entries[number]
+        if entry.dtype != record.dtype or entry.shape != record.shape:
+            raise IntegrityError(f"{file.path}: {name} is another tensor there")
+        return file, number
 
     def _open(self, rank: int) -> ShardFile:
         if rank not in self._files:
@@ -199,23 +203,42 @@ class CheckpointReader:
         file.read(group[0][1].entry.runs[0].file, begin, data)
         targets, sources = [], []
         for offset, part in group:
-            low = offset - begin
-            file.verify(part.number, 0, data[low : low + part.entry.length])
-            source = _as(raw, low, part.entry, part.entry.box.size)
+            low, entry = offset - begin, part.entry
+            file.verify(part.number, data[low : low + entry.length])
+            source = _as(raw, low, entry, entry.box.size)
             targets.append(part.out)
-            sources.append(source[part.part.slices_in(part.entry.box)])
+            whole = part.part is entry.box or part.part == entry.box
+            sources.append(source if whole else source[part.part.slices_in(entry.box)])
         with torch.no_grad():
             torch._foreach_copy_(targets, sources)
         return end - begin
+
+
+class _Readers:
+    """Threads that read; an error leaves what has not begun undone."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hpc-resume-read")
+
+    def __enter__(self) -> _Readers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, function: Callable[[Any], int], task: Any) -> Future[int]:
+        """Read something; the result is the number of bytes."""
+        return self._pool.submit(function, task)
 
 
 def _as(raw: torch.Tensor, low: int, entry: Entry, size: Sequence[int]) -> torch.Tensor:
     """View bytes as a tensor; a copy where they are not aligned for its type."""
     item = dtypes.item_bytes(entry.dtype)
     part = raw[low : low + math.prod(size) * item]
-    if (raw.data_ptr() + low) % item:
+    if low % item:  # memory itself is aligned for any type
         part = part.clone()
-    return part.view(dtypes.torch_dtype(entry.dtype)).view(tuple(size))
+    typed = part.view(dtypes.torch_dtype(entry.dtype))
+    return typed if len(size) == 1 else typed.view(tuple(size))
 
 
 def _neighbours(parts: list[tuple[int, _Part]]) -> Iterator[list[tuple[int, _Part]]]:
@@ -242,7 +265,8 @@ def _split(part: _Part) -> Iterator[tuple[_Part, int, int]]:
     row_bytes = entry.length // entry.box.size[0]
     first = part.part.start[0] - entry.box.start[0]
     stop = first + part.part.size[0]
-    rows_of_edges = [edge // row_bytes for edge in entry.edges if edge % row_bytes == 0]
+    # Segments end where reading and verifying is cheapest; a box of one block is one task anyway.
+    rows_of_edges = [edge // row_bytes for edge in entry.cut[-1] if edge % row_bytes == 0]
     low = first
     for row in rows_of_edges:
         if low < row < stop and (row - low) * row_bytes >= _TASK_BYTES:
@@ -269,32 +293,34 @@ def _read_rows(task: tuple[_Part, int, int]) -> int:
 
 def _read_direct(part: _Part, begin: int, end: int, into: memoryview) -> int:
     """Read bytes of a stored box to their place; only the blocks at the ends may need a buffer."""
-    edges = part.entry.edges
     count = 0
-    for first, last in _batches(edges, begin, end):
-        low, high = edges[first], edges[last]
+    for group in _groups(part.entry, begin, end):
+        low, high = group[0][0], group[-1][1]
         if begin <= low and high <= end:
-            part.file.read_blocks(part.number, first, last, into[low - begin : high - begin])
+            part.file.read_checked(part.number, group, into[low - begin : high - begin])
         else:
             buffer = memoryview(bytearray(high - low))
-            part.file.read_blocks(part.number, first, last, buffer)
+            part.file.read_checked(part.number, group, buffer)
             inner_low, inner_high = max(low, begin), min(high, end)
             into[inner_low - begin : inner_high - begin] = buffer[inner_low - low : inner_high - low]
         count += high - low
     return count
 
 
-def _batches(edges: Sequence[int], begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Cut the blocks that cover a range into batches; those at its ends that stick out come alone."""
-    first = bisect_right(edges, begin) - 1
-    stop = bisect_left(edges, end)
-    while first < stop:
-        last = first + 1
-        if edges[first] >= begin:
-            while last < stop and edges[last + 1] <= end and edges[last + 1] - edges[first] <= _READ_BYTES:
-                last += 1
-        yield first, last
-        first = last
+def _groups(entry: Entry, begin: int, end: int) -> Iterator[list[Check]]:
+    """Put what verifies a range together into reads; blocks that stick out of the range come alone."""
+    group: list[Check] = []
+    for check in checks(entry.cut, begin, end):
+        out = check[0] < begin or check[1] > end
+        if group and (out or check[1] - group[0][0] > _READ_BYTES):
+            yield group
+            group = []
+        group.append(check)
+        if out:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _read_through(part: _Part, out: torch.Tensor, low: int, high: int, row_bytes: int) -> int:
@@ -302,21 +328,20 @@ def _read_through(part: _Part, out: torch.Tensor, low: int, high: int, row_bytes
     import torch
 
     entry = part.entry
-    edges = entry.edges
     count = 0
     row = low
     while row < high:
         end_row = min(high, max(row + 1, row + _READ_BYTES // max(row_bytes, 1)))
-        batches = list(_batches(edges, row * row_bytes, end_row * row_bytes))
-        first, last = batches[0][0], batches[-1][1]
+        group = list(checks(entry.cut, row * row_bytes, end_row * row_bytes))
+        first, last = group[0][0], group[-1][1]
         # Rows whose blocks were read anyway are taken along.
-        end_row = min(high, max(end_row, edges[last] // row_bytes))
-        raw = torch.empty(edges[last] - edges[first], dtype=torch.uint8)
-        part.file.read_blocks(part.number, first, last, raw.numpy().data)
+        end_row = min(high, max(end_row, last // row_bytes))
+        raw = torch.empty(last - first, dtype=torch.uint8)
+        part.file.read_checked(part.number, group, raw.numpy().data)
         count += len(raw)
         inner = entry.box.size[1:]
         size = (end_row - row, *inner) if entry.box.size else ()
-        source = _as(raw, row * row_bytes - edges[first], entry, size)
+        source = _as(raw, row * row_bytes - first, entry, size)
         if entry.box.size:
             columns = (slice(None), *part.part.slices_in(entry.box)[1:])
             out[row - low : end_row - low].copy_(source[columns])

@@ -14,12 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc_resume.checkpoint.manifest import FULL, Manifest, ShardRecord
+from hpc_resume.checkpoint.manifest import FULL, MAX_BYTES, Manifest, ShardRecord
 from hpc_resume.checkpoint.objects import dump
 from hpc_resume.checkpoint.structure import Structure, integer, merge, string
 from hpc_resume.checkpoint.witnesses import differing
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
+from hpc_resume.untrusted import parse_json, read_regular
+
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, IntegrityError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +96,6 @@ class Receipt:
             "created": self.created,
             "shard": self.shard.to_json(),
             "structure_digest": self.structure_digest,
-            "structure": None if self.structure is None else self.structure.to_json(),
             "objects_digest": self.objects_digest,
             "objects": self.objects,
             "refers": list(self.refers),
@@ -102,7 +104,9 @@ class Receipt:
             "write_s": self.write_s,
             "witnesses": dict(self.witnesses),
         }
-        return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+        text = json.dumps(record, separators=(",", ":"), allow_nan=False)
+        structure = "null" if self.structure is None else f"{{{self.structure.to_text()}}}"
+        return f'{text[:-1]},"structure":{structure}}}'.encode()
 
     @classmethod
     def read(cls, path: Path) -> Receipt:
@@ -114,18 +118,37 @@ class Receipt:
             If it is damaged.
         """
         try:
-            record = json.loads(path.read_bytes())
+            return cls.parse(read_regular(path, longest_bytes=MAX_BYTES, follow=False))
+        except FileNotFoundError:
+            raise
+        except (OSError, IntegrityError) as error:
+            raise IntegrityError(f"{path}: {error}") from error
+
+    @classmethod
+    def parse(cls, data: bytes) -> Receipt:
+        """From JSON; see :meth:`to_bytes`.
+
+        Raises
+        ------
+        IntegrityError
+            If it is damaged.
+        """
+        try:
+            record = parse_json(data)
             header = Header(**{name: record[name] for name in Header.__dataclass_fields__})
-            structure = record["structure"]
+            described = record["structure"]
+            structure = None
+            if described is not None:
+                structure = Structure.known(record["structure_digest"]) or Structure.from_json(
+                    described, world_size=integer(header.world_size)
+                )
             return cls(
                 header=header,
                 by=integer(record["by"]),
                 created=float(record["created"]),
                 shard=ShardRecord.from_json(record["shard"]),
                 structure_digest=string(record["structure_digest"]),
-                structure=None
-                if structure is None
-                else Structure.from_json(structure, world_size=integer(header.world_size)),
+                structure=structure,
                 objects_digest=string(record["objects_digest"]),
                 objects=record["objects"],
                 refers=tuple(string(name) for name in record["refers"]),
@@ -134,10 +157,8 @@ class Receipt:
                 write_s=float(record["write_s"]),
                 witnesses={string(name): string(hexed) for name, hexed in record["witnesses"].items()},
             )
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, IntegrityError) as error:
-            raise IntegrityError(
-                f"{path}: damaged receipt ({type(error).__name__}: {error!s:.200})"
-            ) from error
+        except _DAMAGED as error:
+            raise IntegrityError(f"damaged receipt ({type(error).__name__}: {error!s:.200})") from error
 
 
 def objects_digest(objects: Any) -> str:

@@ -7,7 +7,7 @@ import fcntl
 import mmap
 import os
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from hpc_resume.checkpoint.blocks import Partitions
+from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.image import ALIGN_BYTES, Image
 from hpc_resume.checkpoint.index import index_digest
 from hpc_resume.files import DISK, Filesystem
@@ -57,6 +59,25 @@ class WrittenShard:
     rest: str
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Stretches of a piece to be hashed.
+
+    Parameters
+    ----------
+    first
+        Place of the first checksum in the table.
+    piece
+        The bytes.
+    edges
+        Where the stretches begin, and where the last one ends.
+    """
+
+    first: int
+    piece: Bytes
+    edges: Sequence[int]
+
+
 class ShardWriter:
     """Writes shards; keeps its threads and buffers from one to the next.
 
@@ -82,11 +103,16 @@ class ShardWriter:
         """End the threads."""
         self._pool.shutdown()
 
-    def checksums(self, data: Sequence[Bytes], edges: Sequence[Sequence[int]]) -> bytes:
-        """Hash every block of every piece; returns the table."""
-        table = np.zeros(sum(len(each) - 1 for each in edges), dtype=np.uint64)
-        self._hash_all(data, edges, table)
-        return table.tobytes()
+    def hash(self, jobs: Sequence[Job], table: npt.NDArray[np.uint64]) -> None:
+        """Fill in the checksums of some stretches of pieces."""
+
+        def work(share: list[Job]) -> None:
+            for job in share:
+                view = job.piece.data
+                for place, (low, high) in enumerate(pairwise(job.edges), job.first):
+                    table[place] = xxhash.xxh3_64_intdigest(view[low:high])
+
+        self._run(work, _shares(jobs, self._threads))
 
     def write(
         self,
@@ -94,7 +120,7 @@ class ShardWriter:
         image: Image,
         data: Sequence[Bytes],
         *,
-        edges: Sequence[Sequence[int]] = (),
+        cuts: Sequence[Partitions] = (),
         table: bytes | None = None,
         arena: Bytes | None = None,
     ) -> WrittenShard:
@@ -108,8 +134,8 @@ class ShardWriter:
             What it consists of besides tensors.
         data
             The bytes of each piece, end to end what ``image.data`` leaves room for.
-        edges
-            Where the blocks of each piece begin, to hash them on the way.
+        cuts
+            The blocks and segments of each piece, to hash them on the way.
         table
             The checksums, if they are known already.
         arena
@@ -123,7 +149,7 @@ class ShardWriter:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         fd = self._open(temporary, image.size_bytes)
         try:
-            table = self._fill(fd, image, data, edges, table, arena)
+            table = self._fill(fd, image, data, cuts, table, arena)
             self._fs.truncate(fd, image.size_bytes)
             self._fs.fsync(fd)
         finally:
@@ -144,13 +170,14 @@ class ShardWriter:
         fd: int,
         image: Image,
         data: Sequence[Bytes],
-        edges: Sequence[Sequence[int]],
+        cuts: Sequence[Partitions],
         table: bytes | None,
         arena: Bytes | None,
     ) -> bytes:
         """Write all bytes; returns the table."""
         sums = None if table is not None else np.zeros(image.table[1] // 8, dtype=np.uint64)
-        contents = _Contents(image, data, edges)
+        with paused_collector():
+            contents = _Contents(image, data, cuts)
         first, last = image.table[0], image.table[0] + image.table[1]
         chunks = [
             (begin, min(begin + CHUNK_BYTES, image.size_bytes))
@@ -180,21 +207,6 @@ class ShardWriter:
         for chunk in late:
             self._write_chunk(fd, contents, chunk, arena)
         return table
-
-    def _hash_all(
-        self, data: Sequence[Bytes], edges: Sequence[Sequence[int]], table: npt.NDArray[np.uint64]
-    ) -> None:
-        first, jobs = 0, []
-        for piece, marks in zip(data, edges, strict=True):
-            jobs.append((first, piece.data, marks))
-            first += len(marks) - 1
-
-        def work(share: list[tuple[int, memoryview, Sequence[int]]]) -> None:
-            for at, piece, marks in share:
-                for number, (low, high) in enumerate(pairwise(marks), at):
-                    table[number] = xxhash.xxh3_64_intdigest(piece[low:high])
-
-        self._run(work, _shares(jobs, self._threads))
 
     def _run(self, function: object, jobs: Iterable[object]) -> None:
         """Run jobs on the threads; the first error ends it."""
@@ -240,7 +252,7 @@ class ShardWriter:
 class _Contents:
     """What stands where in a file: pieces and segments by offset."""
 
-    def __init__(self, image: Image, data: Sequence[Bytes], edges: Sequence[Sequence[int]]) -> None:
+    def __init__(self, image: Image, data: Sequence[Bytes], cuts: Sequence[Partitions]) -> None:
         extents = list(_placed(image.data, data))
         self._spans = sorted(
             [*extents, *((at, np.frombuffer(content, np.uint8)) for at, content in image.segments)],
@@ -248,14 +260,16 @@ class _Contents:
         )
         self._starts = [start for start, _ in self._spans]
         self._table_at = image.table[0]
-        self._hashed: list[tuple[int, int, Bytes, Sequence[int]]] = []
-        if edges:
-            first = 0
-            for (start, piece), marks in zip(extents, edges, strict=True):
-                self._hashed.append((start, first, piece, marks))
-                first += len(marks) - 1
-            self._hashed.sort(key=lambda each: each[0])
-        self._hashed_starts = [each[0] for each in self._hashed]
+        # Blocks and segments of one piece stand beside each other: a chunk hashes both.
+        self._hashed: list[tuple[int, list[Job]]] = []
+        if cuts:
+            jobs: dict[int, list[Job]] = {}
+            starts = iter(start for start, _ in extents)
+            begins = [next(starts) if len(piece) else 0 for piece in data]
+            for number, job in jobs_of(data, cuts):
+                jobs.setdefault(begins[number], []).append(job)
+            self._hashed = sorted(jobs.items())
+        self._hashed_starts = [start for start, _ in self._hashed]
 
     def add_table(self, table: bytes) -> None:
         """Put the checksums in their place."""
@@ -265,16 +279,17 @@ class _Contents:
             self._spans.insert(at, (self._table_at, np.frombuffer(table, np.uint8)))
 
     def blocks_in(self, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
-        """Give the blocks that begin in a range of the file, with their numbers."""
-        place = max(bisect_right(self._hashed_starts, begin) - 1, 0)
-        for start, first, piece, marks in self._hashed[place:]:
+        """Give the blocks and segments that begin in a range of the file, with the places of their checksums."""
+        first = max(bisect_right(self._hashed_starts, begin) - 1, 0)
+        for start, jobs in self._hashed[first:]:
             if start >= end:
                 return
-            view = piece.data
-            number = 0 if begin <= start else bisect_right(marks, begin - start - 1)
-            while number < len(marks) - 1 and start + marks[number] < end:
-                yield first + number, view[marks[number] : marks[number + 1]]
-                number += 1
+            for job in jobs:
+                view, edges = job.piece.data, job.edges
+                number = bisect_left(edges, begin - start)
+                while number < len(edges) - 1 and start + edges[number] < end:
+                    yield job.first + number, view[edges[number] : edges[number + 1]]
+                    number += 1
 
     def copy(self, begin: int, end: int, buffer: Bytes) -> None:
         """Copy a range of the file into a buffer, and zeros behind it."""
@@ -305,22 +320,27 @@ def _placed(extents: Sequence[tuple[int, int]], data: Sequence[Bytes]) -> Iterat
         offset, room = offset + len(array), room - len(array)
 
 
-def _shares(
-    jobs: Sequence[tuple[int, memoryview, Sequence[int]]], count: int
-) -> list[list[tuple[int, memoryview, Sequence[int]]]]:
+def jobs_of(data: Sequence[Bytes], cuts: Sequence[Partitions]) -> Iterator[tuple[int, Job]]:
+    """List what is to be hashed of all pieces, each with the number of its piece: blocks, then segments."""
+    first = 0
+    for number, (piece, cut) in enumerate(zip(data, cuts, strict=True)):
+        for edges in cut:
+            yield number, Job(first, piece, edges)
+            first += len(edges) - 1
+
+
+def _shares(jobs: Sequence[Job], count: int) -> list[list[Job]]:
     """Cut hashing jobs into shares of about a chunk, and at least one for each thread."""
-    shares: list[list[tuple[int, memoryview, Sequence[int]]]] = [[]]
-    total = sum(len(piece) for _, piece, _ in jobs)
+    shares: list[list[Job]] = [[]]
+    total = sum(job.edges[-1] - job.edges[0] for job in jobs)
     goal = max(min(CHUNK_BYTES, total // count), 1)
     filled = 0
-    for at, piece, marks in jobs:
-        first = 0
-        while first < len(marks) - 1:
-            last = first + 1
-            while last < len(marks) - 1 and marks[last] - marks[first] + filled < goal:
-                last += 1
-            shares[-1].append((at + first, piece, marks[first : last + 1]))
-            filled += marks[last] - marks[first]
+    for job in jobs:
+        edges, first = job.edges, 0
+        while first < len(edges) - 1:
+            last = min(max(bisect_right(edges, edges[first] + goal - filled), first + 1), len(edges) - 1)
+            shares[-1].append(Job(job.first + first, job.piece, edges[first : last + 1]))
+            filled += edges[last] - edges[first]
             if filled >= goal:
                 shares.append([])
                 filled = 0

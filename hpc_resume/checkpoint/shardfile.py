@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from bisect import bisect_right
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import xxhash
 
-from hpc_resume.checkpoint.index import Index, decode_index, index_digest
+from hpc_resume.checkpoint.index import LONGEST_BYTES, Index, decode_index, index_digest
 from hpc_resume.checkpoint.manifest import Manifest
 from hpc_resume.errors import IntegrityError
+from hpc_resume.untrusted import open_regular
+
+#: First byte in a box, one past the last, and the place of the checksum among the box's.
+Check = tuple[int, int, int]
 
 #: What is read at a time where only a checksum is wanted.
 _STREAM_BYTES = 1 << 20
-#: An index may not be longer than this part of an address space; 20,000 tensors take 3 MB.
-_LONGEST_INDEX_BYTES = 1 << 30
 
 
 class ShardFile:
@@ -40,6 +43,7 @@ class ShardFile:
         self.size_bytes = size_bytes
         self.index = index
         self._fds = {0: fd}
+        self._starts: dict[int, list[int]] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -55,18 +59,19 @@ class ShardFile:
         path = folder / record.file
         fd = _open(path)
         try:
-            if max(record.index[1], record.table[1]) > _LONGEST_INDEX_BYTES:
-                raise IntegrityError(f"an index of {record.index[1]} bytes")
+            if max(record.index[1], record.table[1]) > LONGEST_BYTES:
+                raise IntegrityError(f"an index of {record.index[1]} bytes, checksums of {record.table[1]}")
             size_bytes = os.fstat(fd).st_size
-            if size_bytes < max(sum(record.index), sum(record.table)):
+            if size_bytes != record.size_bytes:
                 raise IntegrityError(f"{size_bytes} bytes, but {record.size_bytes} were written")
-            data, table = bytearray(record.index[1]), bytearray(record.table[1])
-            _read_exactly(fd, record.index[0], memoryview(data))
-            _read_exactly(fd, record.table[0], memoryview(table))
-            if index_digest(bytes(data), bytes(table)) != record.digest:
+            data, table = _read_bytes(fd, *record.index), _read_bytes(fd, *record.table)
+            if index_digest(data, table) != record.digest:
                 raise IntegrityError("its index is not what was written (xxh3 differs)")
-            index = decode_index(bytes(data), bytes(table), size_bytes=record.size_bytes)
-        except (IntegrityError, OSError) as error:
+            index = decode_index(data, table, size_bytes=size_bytes)
+            unknown = {checkpoint for checkpoint, _ in index.files} - set(manifest.refers)
+            if unknown:
+                raise IntegrityError(f"it refers to {min(unknown)}, of which the manifest does not know")
+        except (IntegrityError, OSError, MemoryError) as error:
             os.close(fd)
             raise IntegrityError(f"{path}: {error}") from error
         return cls(path, fd, record.size_bytes, index)
@@ -109,61 +114,90 @@ class ShardFile:
         except (IntegrityError, OSError) as error:
             raise IntegrityError(f"{self._path(file)}: {error}") from error
 
-    def read_blocks(self, number: int, first: int, last: int, into: memoryview) -> None:
-        """Read whole blocks of one box and verify them.
+    def read_checked(self, number: int, checks: Sequence[Check], into: memoryview) -> None:
+        """Read a stretch of a box and verify it.
 
         Parameters
         ----------
         number
             Of the box in the index.
-        first, last
-            The first block, and one past the last.
+        checks
+            Neighbouring blocks or segments that make up the stretch; see :func:`blocks.checks`.
         into
             Of their length.
         """
         entry = self.index.entries[number]
-        edges = entry.edges
-        begin, end = edges[first], edges[last]
-        position = 0
-        for run in entry.runs:
-            low, high = max(begin, position), min(end, position + run.length)
-            if low < high:
+        begin, end = checks[0][0], checks[-1][1]
+        if len(entry.runs) == 1:
+            self.read(entry.runs[0].file, entry.runs[0].offset + begin, into)
+        else:
+            starts = self._run_starts(number)
+            for turn in range(bisect_right(starts, begin) - 1, len(entry.runs)):
+                run, position = entry.runs[turn], starts[turn]
+                if position >= end:
+                    break
+                low, high = max(begin, position), min(end, position + run.length)
                 self.read(run.file, run.offset + low - position, into[low - begin : high - begin])
-            position += run.length
-            if position >= end:
-                break
-        for block in range(first, last):
-            self.verify(number, block, into[edges[block] - begin : edges[block + 1] - begin])
+        digest, table, first = xxhash.xxh3_64_intdigest, self.index.table, self.index.first_checksum[number]
+        for low, high, place in checks:
+            if digest(into[low - begin : high - begin]) != table[first + place]:
+                raise self._damage(number, low, high - low)
 
-    def verify(self, number: int, block: int, data: memoryview) -> None:
-        """Compare a block with its checksum.
+    def verify(self, number: int, data: memoryview) -> None:
+        """Compare a box that is one block with its checksum.
 
         Raises
         ------
         IntegrityError
             If it differs; the message names the file, the tensor and the bytes.
         """
-        if xxhash.xxh3_64_intdigest(data) != self.index.table[self.index.first_block[number] + block]:
-            entry = self.index.entries[number]
-            file, offset = self._whereabouts(number, entry.edges[block])
-            raise IntegrityError(
-                f"{self._path(file)}: {entry.name}: bytes {offset} to {offset + len(data)} are not what was "
-                "written (xxh3 differs)"
-            )
+        if xxhash.xxh3_64_intdigest(data) != self.index.table[self.index.first_checksum[number]]:
+            raise self._damage(number, 0, len(data))
+
+    def _damage(self, number: int, position: int, length: int) -> IntegrityError:
+        """Say which bytes of a box differ from what was written."""
+        file, offset = self._whereabouts(number, position)
+        return IntegrityError(
+            f"{self._path(file)}: {self.index.entries[number].name}: bytes {offset} to {offset + length} are not "
+            "what was written (xxh3 differs)"
+        )
 
     def _whereabouts(self, number: int, position: int) -> tuple[int, int]:
         """File and offset of a byte of a box."""
-        runs = self.index.entries[number].runs
-        starts = [0]
-        for run in runs:
-            starts.append(starts[-1] + run.length)
+        starts = self._run_starts(number)
         place = bisect_right(starts, position) - 1
-        return runs[place].file, runs[place].offset + position - starts[place]
+        run = self.index.entries[number].runs[place]
+        return run.file, run.offset + position - starts[place]
+
+    def _run_starts(self, number: int) -> list[int]:
+        """Byte positions in a box at which its runs begin."""
+        runs = self.index.entries[number].runs
+        if len(runs) == 1:
+            return [0]
+        if number not in self._starts:
+            self._starts[number] = [0, *itertools.accumulate(run.length for run in runs[:-1])]
+        return self._starts[number]
+
+    def check_there(self, number: int) -> None:
+        """Check that the files that hold a box are long enough for all that they are said to hold.
+
+        Raises
+        ------
+        IntegrityError
+            If one is not; the message names it.
+        """
+        for file in {run.file for run in self.index.entries[number].runs}:
+            self._fd(file)
 
     def _fd(self, file: int) -> int:
         with self._lock:
             if file not in self._fds:
-                self._fds[file] = _open(self._path(file))
+                fd = _open(self._path(file))
+                end, total = self.index.reach[file]
+                if max(end, total) > (size_bytes := os.fstat(fd).st_size):
+                    os.close(fd)
+                    raise IntegrityError(f"{self._path(file)}: {size_bytes} bytes, but {end} are referred to")
+                self._fds[file] = fd
             return self._fds[file]
 
     def _path(self, file: int) -> Path:
@@ -174,8 +208,13 @@ class ShardFile:
 
 
 def _open(path: Path) -> int:
+    """Open a shard; neither it nor its folder may be a link, which could lead anywhere."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return open_regular(path.name, dir_fd=folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise IntegrityError(f"{path}: can't be read ({error.strerror})") from error
 
@@ -187,6 +226,12 @@ def _read_exactly(fd: int, offset: int, into: memoryview) -> None:
         if count == 0:
             raise IntegrityError(f"the file ends at byte {offset + done}")
         done += count
+
+
+def _read_bytes(fd: int, offset: int, length: int) -> bytes:
+    data = bytearray(length)
+    _read_exactly(fd, offset, memoryview(data))
+    return bytes(data)
 
 
 def _rest_checksum(fd: int, size_bytes: int, extents: Sequence[tuple[int, int]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hpc_resume.checkpoint.arena import Arena
+from hpc_resume.checkpoint.blocks import Partitions
 from hpc_resume.checkpoint.image import Image, Piece, full_image
 from hpc_resume.checkpoint.shard import Bytes
 from hpc_resume.checkpoint.structure import Structure
@@ -54,8 +55,8 @@ class Snapshot:
         The shard that holds all pieces.
     data
         Bytes of each piece.
-    edges
-        Where the blocks of each piece begin.
+    cuts
+        The blocks and segments of each piece.
     arena
         The staging area, if they lie in it; else they are the live tensors' own: write them before training
         goes on.
@@ -66,7 +67,7 @@ class Snapshot:
     objects: Any
     image: Image
     data: tuple[Bytes, ...]
-    edges: tuple[tuple[int, ...], ...]
+    cuts: tuple[Partitions, ...]
     arena: Arena | None = None
     witnesses: Mapping[str, str] = field(default_factory=dict)
 
@@ -74,6 +75,10 @@ class Snapshot:
     def size_bytes(self) -> int:
         """Bytes of all pieces."""
         return sum(map(len, self.data))
+
+
+#: A state up to this size is always staged.
+_ALWAYS_STAGED_BYTES = 64 << 20
 
 
 class Camera:
@@ -92,7 +97,7 @@ class Camera:
         self._limit_bytes = limit_bytes
         self._pieces: tuple[Piece, ...] | None = None
         self._image: Image | None = None
-        self._edges: tuple[tuple[int, ...], ...] = ()
+        self._cuts: tuple[Partitions, ...] = ()
         self._arena: Arena | None = None
 
     def take(self, captured: Captured, *, stage: bool) -> Snapshot:
@@ -104,10 +109,11 @@ class Camera:
             The state.
         stage
             Copy it into the staging area, so that training can go on; the copy of the snapshot before is
-            overwritten. Not done where the area would take more memory than it may.
+            overwritten. Not done where the area would take more memory than it may; done anyway for a small
+            state, whose many tensors are copied faster than they are looked at one by one.
         """
         image = self._settle(captured.pieces)
-        if stage and self.may_stage(captured):
+        if (stage or image.size_bytes <= _ALWAYS_STAGED_BYTES) and self.may_stage(captured):
             if self._arena is None:
                 pinned = any(source.device.type == "cuda" for source in captured.sources)
                 self._arena = Arena(image, captured.pieces, threads=self._threads, pinned=pinned)
@@ -121,7 +127,7 @@ class Camera:
             objects=captured.objects,
             image=image,
             data=data,
-            edges=self._edges,
+            cuts=self._cuts,
             arena=arena,
             witnesses=captured.witnesses,
         )
@@ -133,7 +139,7 @@ class Camera:
     def _settle(self, pieces: tuple[Piece, ...]) -> Image:
         if self._image is None or self._pieces is not pieces:
             self._image = full_image(pieces)
-            self._edges = tuple(piece.edges for piece in pieces)
+            self._cuts = tuple(piece.cut for piece in pieces)
             self._pieces = pieces
             self.close()
         return self._image

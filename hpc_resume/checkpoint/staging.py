@@ -8,7 +8,7 @@ from pathlib import Path
 from hpc_resume.checkpoint.changes import Base, Changes
 from hpc_resume.checkpoint.commit import STAGING, finish_commit, read_receipts
 from hpc_resume.checkpoint.image import Image, Piece
-from hpc_resume.checkpoint.index import shard_file
+from hpc_resume.checkpoint.index import MAX_FILES, shard_file
 from hpc_resume.checkpoint.manifest import ShardRecord, read_manifest
 from hpc_resume.checkpoint.receipt import Header, Receipt, carries_structure, objects_digest
 from hpc_resume.checkpoint.shard import ShardWriter, WrittenShard
@@ -57,7 +57,7 @@ class Staging:
         self._attempt = attempt
         self._rank = rank
         self._node = node
-        self._longest_chain = longest_chain
+        self._longest_chain = min(longest_chain, MAX_FILES)
         self._fs = fs
         self._clock = clock
         self._writer = ShardWriter(threads=threads, fs=fs, direct=direct)
@@ -159,13 +159,16 @@ class Staging:
         self, path: Path, snapshot: Snapshot, *, own: bool, only_changed: bool
     ) -> tuple[WrittenShard, Image, int]:
         """Write the whole shard, or what has changed of it; returns how many bytes of tensors were written."""
-        arena = None if snapshot.arena is None else snapshot.arena.bytes
+        arena = None
+        if snapshot.arena is not None:
+            snapshot.arena.wait()
+            arena = snapshot.arena.bytes
         table = None
         base = self._base
         look = only_changed or (self._longest_chain > 0 and base is not None and self._looking.due())
         if own and look and base is not None and base.pieces is snapshot.pieces:
-            table = self._writer.checksums(snapshot.data, snapshot.edges)
-            changes = Changes.since(base, table, snapshot.edges)
+            changes = Changes.since(base, self._writer, snapshot.data, snapshot.cuts)
+            table = changes.checksums
             self.last_changed_bytes = changes.changed_bytes
             worthwhile = only_changed or refer_to_older(
                 changed_bytes=changes.changed_bytes,
@@ -176,10 +179,10 @@ class Staging:
             )
             self._looking.found(worthwhile=changes.changed_bytes < changes.total_bytes // 2)
             if worthwhile:
-                image, data = changes.shard(snapshot.data, snapshot.edges)
+                image, data = changes.shard(snapshot.data, snapshot.cuts)
                 return self._writer.write(path, image, data, table=table), image, changes.changed_bytes
         written = self._writer.write(
-            path, snapshot.image, snapshot.data, edges=snapshot.edges, table=table, arena=arena
+            path, snapshot.image, snapshot.data, cuts=snapshot.cuts, table=table, arena=arena
         )
         return written, snapshot.image, snapshot.size_bytes
 

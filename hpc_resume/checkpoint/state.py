@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpc_resume.checkpoint import dtypes, objects, optimizers, witnesses
 from hpc_resume.checkpoint.boxes import Box
+from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.fit import alike, key_problems, shape_problems, target_for, tied
 from hpc_resume.checkpoint.image import Piece
 from hpc_resume.checkpoint.layout import Layout, spread
 from hpc_resume.checkpoint.leaves import escape, flatten, leaf
-from hpc_resume.checkpoint.placement import layout_of, local_of
+from hpc_resume.checkpoint.placement import kept_equal_by_ddp, layout_of, local_of
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
 from hpc_resume.checkpoint.snapshot import Captured, pieces_of
 from hpc_resume.checkpoint.standin import held_box
@@ -124,6 +125,7 @@ class TrackedState:
 
     # ---------------------------------------------------------------- capture
 
+    @paused_collector()
     def capture(self, private: Mapping[str, torch.Tensor], keys: Iterable[str] | None = None) -> Captured:
         """Take this rank's part of the state.
 
@@ -169,7 +171,10 @@ class TrackedState:
 
     def _plan(self, leaves: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> _Plan:
         """Decide who stores what; the same plan as before while nothing but values has changed."""
-        replicated = self._replicated_storages() if self._replicas else {}
+        replicated: dict[int, Layout] = {}
+        if self._replicas:
+            tracked = (self._items[key] for key in self._owners)
+            replicated = kept_equal_by_ddp(self._modules.values(), tracked)
         signature: list[Any] = [
             (
                 name,
@@ -240,32 +245,17 @@ class TrackedState:
             return optimizers.state_of(self._owners[key], item)
         return item if isinstance(item, dict) else item.state_dict()
 
-    def _replicated_storages(self) -> dict[int, Layout]:
-        """Addresses of plain tensors that DDP keeps equal on the ranks of a group: parameters and their moments."""
-        parameters = {}
-        for tracked in self._modules.values():
-            for module in tracked.modules():
-                if isinstance(module, DistributedDataParallel):
-                    ranks = sorted(torch.distributed.get_process_group_ranks(module.process_group))
-                    parameters.update(dict.fromkeys(module.parameters(), Layout.replicated(ranks)))
-        found = {parameter.data_ptr(): layout for parameter, layout in parameters.items()}
-        for key in self._owners:
-            for parameter, state in self._items[key].state.items():
-                if parameter in parameters:
-                    for value in state.values():
-                        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                            found[value.data_ptr()] = parameters[parameter]
-        return found
-
     # ---------------------------------------------------------------- restore
 
+    @paused_collector()
     def restore(self, reader: CheckpointReader) -> None:
         """Load a checkpoint into the tracked objects.
 
         Raises
         ------
         MismatchError
-            If names, shapes or types differ; lists every difference, and nothing was changed.
+            If names, shapes or types differ; lists every difference, and nothing was changed. Or if an object
+            refuses what was saved of it; others are then overwritten already.
         IntegrityError
             If bytes are damaged; the objects are then partly overwritten, and must be restored from
             another checkpoint.
@@ -279,17 +269,31 @@ class TrackedState:
                 wanted[name, local.data_ptr()] = Wanted(name, self._box_of(name, tensor), local)
         with torch.no_grad():
             reader.read_all(wanted.values())
-        for key, item in self._items.items():
-            state = objects.decode(tree[key], lambda tag, name: leaf(tag, targets[name][1]))
-            if key in self._modules:
-                set_model_state_dict(item, state)
-            elif key in self._owners:
-                optimizers.load_state(self._owners[key], item, state)
-            elif isinstance(item, dict):
-                item.clear()
-                item.update(state)
-            else:
-                item.load_state_dict(state)
+        states = {
+            key: objects.decode(tree[key], lambda tag, name: leaf(tag, targets[name][1]))
+            for key in self._items
+        }
+        for key, state in states.items():
+            try:
+                self._set(key, state)
+            except Exception as error:
+                raise MismatchError(
+                    f"{reader.folder}: {key} can't be restored from what was saved of it: "
+                    f"{type(error).__name__}: {error!s:.300}"
+                ) from error
+
+    def _set(self, key: str, state: Any) -> None:
+        item = self._items[key]
+        if key in self._modules:
+            set_model_state_dict(item, state)
+        elif key in self._owners:
+            optimizers.load_state(self._owners[key], item, state)
+        elif isinstance(item, dict):
+            fresh = dict(state)
+            item.clear()
+            item.update(fresh)
+        else:
+            item.load_state_dict(state)
 
     def _box_of(self, name: str, tensor: torch.Tensor) -> Box:
         if not isinstance(tensor, DTensor):
@@ -314,8 +318,10 @@ class TrackedState:
                 f"get: continue on {manifest.world_size} ranks, or track only state that all ranks share"
             )
         if self._rank in manifest.differing_ranks:
-            data = self.private(reader, self._rank)["objects"].numpy().tobytes()
-            return objects.parse(data)
+            own = self.private(reader, self._rank).get("objects")
+            if own is None or own.dtype != torch.uint8:
+                raise IntegrityError(f"{reader.folder}: rank {self._rank}'s non-tensor state is not there")
+            return objects.parse(own.numpy().tobytes())
         return manifest.objects
 
     def _targets(self, tree: Any, reader: CheckpointReader) -> dict[str, tuple[str, torch.Tensor]]:
@@ -326,9 +332,7 @@ class TrackedState:
         targets: dict[str, tuple[str, torch.Tensor]] = {}
         for key in self._items.keys() & tree.keys():
             names = objects.tensor_names(tree[key])
-            for stored in names.values():
-                if stored not in reader.manifest.structure.tensors:
-                    raise IntegrityError(f"{reader.folder}: {stored} stands in the state but has no bytes")
+            _check_names(names, targets, reader)
             if key in self._modules:
                 problems += self._module_targets(key, names, reader, targets)
             elif key in self._owners:
@@ -342,7 +346,10 @@ class TrackedState:
                     targets[name] = stored, made[stored]
         if problems:
             raise MismatchError(
-                f"{reader.folder}: does not fit the tracked state:\n  " + "\n  ".join(sorted(problems))
+                f"{reader.folder}: does not fit the tracked state:\n  "
+                + "\n  ".join(sorted(problems))
+                + "\nTrack what the checkpoint was taken of, or begin a new run in another run_dir; to take over "
+                "what fits: hr.Checkpoint(old_run_dir).load_into(model, strict=False)"
             )
         return targets
 
@@ -397,3 +404,12 @@ class TrackedState:
         """Return the tensors of an item as it is now, by each of their names."""
         tree, leaves = flatten(key, state)
         return {name: leaves[stored] for name, stored in objects.tensor_names(tree).items()}
+
+
+def _check_names(names: Mapping[str, str], earlier: Mapping[str, Any], reader: CheckpointReader) -> None:
+    """Check that each tensor of a state is stored, and is not another tracked object's too."""
+    for name, stored in names.items():
+        if stored not in reader.manifest.structure.tensors:
+            raise IntegrityError(f"{reader.folder}: {stored} stands in the state but has no bytes")
+        if name in earlier:
+            raise IntegrityError(f"{reader.folder}: {name} stands in the state twice")

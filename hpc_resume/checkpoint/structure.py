@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from hpc_resume.checkpoint.blocks import panels
@@ -19,8 +20,11 @@ from hpc_resume.checkpoint.dtypes import item_bytes
 from hpc_resume.checkpoint.layout import Layout, split_replicas
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
+from hpc_resume.untrusted import brief, check_text
 
 MAX_DIMENSIONS = 64
+#: Bytes of a tensor, not counting dimensions that are empty: PyTorch multiplies these without looking.
+_MAX_TENSOR_BYTES = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +52,7 @@ class TensorRecord:
     pieces: tuple[tuple[int, Box], ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.shape) > MAX_DIMENSIONS or any(extent < 0 for extent in self.shape):
-            raise IntegrityError(f"no shape of a tensor: {list(self.shape)}")
-        if math.prod(self.shape) * item_bytes(self.dtype) >= 1 << 62:
-            raise IntegrityError(f"a tensor of shape {list(self.shape)} is larger than any file")
+        check_shape(self.shape, item_bytes(self.dtype))
         if self.layout is None:
             if not covers_once(self.shape, [box for _, box in self.pieces]):
                 raise IntegrityError(
@@ -83,8 +84,10 @@ class Structure:
     def __init__(self, tensors: Mapping[str, TensorRecord]) -> None:
         self.tensors: dict[str, TensorRecord] = dict(sorted(tensors.items()))
         self._shares: dict[tuple[int, ...], dict[str, list[tuple[int, Box]]]] = {}
-        self._by_layout: dict[Layout, list[str]] | None = None
+        self._shared: dict[tuple[int, ...], list[tuple[Layout, int]]] | None = None
+        self._by_layout: dict[Layout, list[str]] = {}
         self._digest: str | None = None
+        self._text: str | None = None
 
     def __eq__(self, other: object) -> bool:
         return self.tensors == other.tensors if isinstance(other, Structure) else NotImplemented
@@ -96,9 +99,34 @@ class Structure:
     def digest(self) -> str:
         """32 hex digits of SHA-256: equal for equal structures."""
         if self._digest is None:
-            text = json.dumps(self.to_json(), separators=(",", ":"))
-            self._digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+            self._digest = hashlib.sha256(self.to_text().encode()).hexdigest()[:32]
+            _recent[self._digest] = self
+            while len(_recent) > _KEPT:
+                del _recent[next(iter(_recent))]
         return self._digest
+
+    def to_text(self) -> str:
+        """Write :meth:`to_json` as the members of a JSON object, a tensor a line; kept for the next time."""
+        if self._text is None:
+            record = self.to_json()
+            layouts = ",\n".join(f"  {_compact(layout)}" for layout in record["layouts"])
+            tensors = ",\n".join(
+                f"  {_compact(name)}: {_compact(entry)}" for name, entry in record["tensors"].items()
+            )
+            self._text = f' "layouts": [\n{layouts}\n ],\n "tensors": {{\n{tensors}\n }}'
+        return self._text
+
+    @property
+    def placed(self) -> int:
+        """Ranks of all layouts together."""
+        return sum(
+            len(layout.ranks) for layout in {r.layout for r in self.tensors.values()} if layout is not None
+        )
+
+    @staticmethod
+    def known(digest: str) -> Structure | None:
+        """Find a structure that this process has had to do with lately: it need not be parsed again."""
+        return _recent.get(digest)
 
     def stored_by(self, rank: int) -> Iterator[tuple[str, Box]]:
         """Give what a rank stores, by name; a tensor without elements is stored by nobody."""
@@ -129,38 +157,50 @@ class Structure:
     def parts(self, name: str, want: Box) -> Iterator[tuple[int, Box]]:
         """Give the stored boxes that share elements with a box, each with the rank that stores it."""
         record = self.tensors[name]
+        if record.layout is not None and len(record.layout.ranks) == 1 and not record.layout.splits:
+            if want.volume:  # stored whole, in one piece: nothing to search
+                yield record.layout.ranks[0], Box.whole(record.shape)
+            return
+        for owner, box in self._shares_near(name, record, want):
+            if box.intersect(want) is not None:
+                for panel in _panels(record, box):
+                    if panel.intersect(want) is not None:
+                        yield owner, panel
+
+    def _shares_near(self, name: str, record: TensorRecord, want: Box) -> Iterator[tuple[int, Box]]:
+        """Who stores what of the boxes that share elements with ``want``."""
         if record.layout is None:
-            for owner, box in record.pieces:
-                if box.intersect(want) is not None:
-                    yield owner, box
+            yield from record.pieces
             return
         for group, held in record.layout.overlapping(record.shape, want):
             holders = record.layout.holders(group)
-            shares = self._replicas(holders)[name] if len(holders) > 1 else ((holders[0], held),)
-            for owner, box in shares:
-                if box.intersect(want) is not None:
-                    for panel in _panels(record, box):
-                        if panel.intersect(want) is not None:
-                            yield owner, panel
+            yield from self._replicas(holders)[name] if len(holders) > 1 else ((holders[0], held),)
 
     def _replicas(self, holders: tuple[int, ...]) -> dict[str, list[tuple[int, Box]]]:
         """Who stores what of all that these ranks hold together, by name."""
         if holders not in self._shares:
-            if self._by_layout is None:
-                self._by_layout = {}
-                for name, record in self.tensors.items():
-                    if record.layout is not None:
-                        self._by_layout.setdefault(record.layout, []).append(name)
+            if self._shared is None:
+                self._shared = self._find_shared()
             members = []
-            for layout, names in self._by_layout.items():
-                group = layout.group_of(holders[0])
-                if group is None or layout.holders(group) != holders:
-                    continue
-                for name in names:
+            for layout, group in self._shared.get(holders, ()):
+                for name in self._by_layout[layout]:
                     record = self.tensors[name]
                     members.append((name, layout.box(record.shape, group), record.item_bytes))
             self._shares[holders] = split_replicas(sorted(members, key=lambda member: member[0]), holders)
         return self._shares[holders]
+
+    def _find_shared(self) -> dict[tuple[int, ...], list[tuple[Layout, int]]]:
+        """Which boxes of which layouts the same ranks hold together; one look at each rank of each layout."""
+        for name, record in self.tensors.items():
+            if record.layout is not None:
+                self._by_layout.setdefault(record.layout, []).append(name)
+        shared: dict[tuple[int, ...], list[tuple[Layout, int]]] = {}
+        for layout in self._by_layout:
+            if layout.groups == len(layout.ranks):
+                continue  # every rank has a box of its own
+            for group in range(layout.groups):
+                shared.setdefault(layout.holders(group), []).append((layout, group))
+        return shared
 
     def to_json(self) -> JsonObject:
         """JSON form: each layout once, tensors by name."""
@@ -184,24 +224,35 @@ class Structure:
         IntegrityError, ValueError, TypeError, LookupError
             If it is none.
         """
-        layouts = [Layout.from_json(layout, world_size=world_size) for layout in record["layouts"]]
+        layouts: list[Layout] = []
+        room = most_placed(world_size)
+        for layout in record["layouts"]:
+            layouts.append(Layout.from_json(layout, world_size=world_size, most_ranks=room))
+            room -= len(layouts[-1].ranks)
         tensors = {}
         for name, entry in record["tensors"].items():
+            check_text(name)
             shape = integers(entry["shape"])
-            dtype = entry["dtype"]
+            dtype = string(entry["dtype"])
             if "layout" in entry:
                 number = integer(entry["layout"])
                 if not 0 <= number < len(layouts):
-                    raise IntegrityError(f"{name}: layout {number} of {len(layouts)}")
+                    raise IntegrityError(f"{name:.100}: layout {number} of {len(layouts)}")
                 tensors[name] = TensorRecord(shape, dtype, layouts[number])
                 continue
             pieces = []
             for owner, start, size in entry["pieces"]:
                 if not 0 <= integer(owner) < world_size:
-                    raise IntegrityError(f"{name}: a box of rank {owner} of {world_size}")
+                    raise IntegrityError(f"{name:.100}: a box of rank {owner} of {world_size}")
                 pieces.append((owner, Box(integers(start), integers(size))))
             tensors[name] = TensorRecord(shape, dtype, None, tuple(pieces))
         return cls(tensors)
+
+
+_compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+#: Structures by digest: while a run goes on, each of its checkpoints has the same.
+_recent: dict[str, Structure] = {}
+_KEPT = 4
 
 
 def _panels(record: TensorRecord, box: Box) -> Iterator[Box]:
@@ -243,19 +294,45 @@ def _describe(record: TensorRecord) -> str:
 def integer(value: Any) -> int:
     """Return a 64-bit integer as it is; anything else from a file is a TypeError."""
     if type(value) is not int or abs(value) >= 1 << 63:
-        raise TypeError(f"{value!r:.40} is no 64-bit integer")
+        raise TypeError(f"{brief(value)} is no 64-bit integer")
     return value
 
 
 def integers(values: Any) -> tuple[int, ...]:
     """Return a list of 64-bit integers as a tuple; see :func:`integer`."""
-    if not isinstance(values, list):
-        raise TypeError(f"{values!r:.40} is no list")
-    return tuple(integer(value) for value in values)
+    if type(values) is not list:
+        raise TypeError(f"{brief(values)} is no list")
+    if values and (set(map(type, values)) != {int} or max(values) >= 1 << 63 or min(values) <= -1 << 63):
+        raise TypeError(f"{brief(values)} are no 64-bit integers")
+    return tuple(values)
 
 
 def string(value: Any) -> str:
-    """Return a string as it is; anything else from a file is a TypeError."""
+    """Return a string that can be written as UTF-8; anything else from a file is a TypeError or ValueError."""
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} is no string")
-    return value
+        raise TypeError(f"{brief(value)} is no string")
+    return check_text(value)
+
+
+@lru_cache(maxsize=1 << 14)
+def check_shape(shape: tuple[int, ...], item_bytes: int) -> None:
+    """Check that there can be a tensor of a shape.
+
+    Raises
+    ------
+    IntegrityError
+        If not.
+    """
+    if len(shape) > MAX_DIMENSIONS or any(extent < 0 for extent in shape):
+        raise IntegrityError(f"no shape of a tensor: {brief(list(shape))}")
+    if math.prod(extent or 1 for extent in shape) * item_bytes >= _MAX_TENSOR_BYTES:
+        raise IntegrityError(f"a tensor of shape {brief(list(shape))} is larger than any file")
+
+
+def most_placed(world_size: int) -> int:
+    """How many ranks all layouts of a manifest may have together.
+
+    A layout takes a line however many ranks it has, so a short file could ask for any amount of memory. No
+    more than some dozen layouts of all ranks are known to occur.
+    """
+    return max(64 * world_size, 1 << 20)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+from hpc_resume.checkpoint.blocks import Partitions
 from hpc_resume.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from hpc_resume.checkpoint.shardfile import ShardFile
+from hpc_resume.checkpoint.shardfile import Check, ShardFile
 from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.journal import read_events
+from hpc_resume.records import check_records, configuration_path
 from hpc_resume.rundir import RunDirectory
 
-#: Read and hashed at a time.
-_READ_BYTES = 1 << 20
+#: Boxes that are promised and missing are told one by one up to this many a shard.
+_TELL = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,23 +73,25 @@ def verify_run(root: Path, *, threads: int = 2, progress: Progress | None = None
     except CheckpointNotFound:
         if not run.checkpoints.is_dir() and not run.attempts.is_dir():
             raise
-        findings.append(Finding(path=run.identity_path, problem="is gone"))
-    except IntegrityError as error:
-        findings.append(Finding(path=run.identity_path, problem=str(error)))
-    findings += _journals(run)
+    except IntegrityError:
+        pass  # among the records
+    findings += [Finding(path=path, problem=problem) for path, problem in check_records(run)]
     findings += _missing(run)
     if not run.checkpoints.is_dir():
         return [*findings, Finding(path=run.checkpoints, problem="is gone")]
     whole: list[tuple[Path, Manifest]] = []
-    for name in sorted(os.listdir(run.checkpoints)):  # noqa: PTH208 - names are all that is needed
+    for name in _names(run.checkpoints, findings):
         folder = run.checkpoints / name
         try:
             manifest = read_manifest(folder)
         except IntegrityError as error:
-            findings.append(Finding(path=folder / MANIFEST, problem=str(error)))
+            findings.append(Finding(path=folder / MANIFEST, problem=_bare(error, folder / MANIFEST)))
             continue
         if run_id is not None and manifest.run_id != run_id:
             findings.append(Finding(path=folder / MANIFEST, problem=f"belongs to run {manifest.run_id}"))
+        if manifest.config is not None and not configuration_path(run, manifest.config).is_file():
+            gone = configuration_path(run, manifest.config)
+            findings.append(Finding(path=gone, problem=f"is gone; {name} was written with it"))
         whole.append((folder, manifest))
     return findings + _verify_shards(whole, threads, progress)
 
@@ -117,16 +122,19 @@ def _verify_shards(
         folder, manifest, rank = job
         return _verify_shard(folder, manifest, rank, count)
 
-    findings = []
+    findings: list[Finding] = []
     for folder, manifest in checkpoints:
         expected = {MANIFEST, *(shard.file for shard in manifest.shards)}
         findings += [
             Finding(path=folder / name, problem="does not belong to the checkpoint")
-            for name in sorted(set(os.listdir(folder)) - expected)  # noqa: PTH208 - as above
+            for name in _names(folder, findings)
+            if name not in expected
         ]
     with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="hpc-resume-verify") as pool:
         for found in pool.map(work, jobs):
             findings += found
+    if progress is not None:
+        progress(total, total)
     return findings
 
 
@@ -136,20 +144,16 @@ def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[
     path = folder / recorded.file
     findings: list[Finding] = []
     try:
-        size_bytes = path.lstat().st_size
-        if size_bytes != recorded.size_bytes:
-            findings.append(
-                Finding(path=path, problem=f"{size_bytes} bytes, but {recorded.size_bytes} were written")
-            )
         file = ShardFile.open(folder, manifest, rank)
     except (OSError, IntegrityError) as error:
         return [*findings, Finding(path=path, problem=_bare(error, path))]
     try:
         for number, entry in enumerate(file.index.entries):
             try:
-                for first, last, length in _batches(entry.edges):
-                    file.read_blocks(number, first, last, memoryview(bytearray(length)))
-                    count(length)
+                for checks in _all_checks(entry.cut):
+                    low, high, _ = checks[0]
+                    file.read_checked(number, checks, memoryview(bytearray(high - low)))
+                    count(high - low)
             except IntegrityError as error:
                 findings.append(Finding(path=path, problem=_bare(error, path)))
         if not findings and file.rest_checksum() != recorded.rest:
@@ -163,24 +167,30 @@ def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[
     return findings
 
 
+def _all_checks(cut: Partitions) -> Iterator[list[Check]]:
+    """Give every checksum of a box, by segments: each with those of its blocks, which others will read alone."""
+    blocks, segments = cut[0], cut[-1]
+    for number, (low, high) in enumerate(pairwise(segments)):
+        first, last = bisect_left(blocks, low), bisect_left(blocks, high)
+        parts = [(blocks[place], blocks[place + 1], place) for place in range(first, last)]
+        yield parts if len(cut) == 1 else [(low, high, len(blocks) - 1 + number), *parts]
+
+
 def _promised(file: ShardFile, manifest: Manifest, rank: int) -> Iterator[Finding]:
     """Find boxes that a shard must hold by the manifest and does not."""
+    told = 0
     for name, box in manifest.structure.stored_by(rank):
+        record = manifest.structure.tensors[name]
         try:
-            file.index.find(name, box)
+            entry = file.index.entries[file.index.find(name, box)]
+            if (entry.dtype, entry.shape) != (record.dtype, record.shape):
+                raise IntegrityError(f"{name}: is another tensor in its index")
         except IntegrityError as error:
+            told += 1
+            if told > _TELL:
+                yield Finding(path=file.path, problem="and more boxes are not in its index")
+                return
             yield Finding(path=file.path, problem=str(error))
-
-
-def _batches(edges: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Cut the blocks of a box into batches of about :data:`_READ_BYTES`."""
-    first = 0
-    while first < len(edges) - 1:
-        last = first + 1
-        while last < len(edges) - 1 and edges[last + 1] - edges[first] <= _READ_BYTES:
-            last += 1
-        yield first, last, edges[last] - edges[first]
-        first = last
 
 
 def _bare(error: Exception, path: Path) -> str:
@@ -188,22 +198,13 @@ def _bare(error: Exception, path: Path) -> str:
     return str(error).removeprefix(f"{path}: ")
 
 
-def _journals(run: RunDirectory) -> Iterator[Finding]:
-    """Find attempts whose record or journal can't be read; only a journal's last line may be torn."""
-    for attempt in run.attempt_numbers():
-        record = run.attempt(attempt) / "attempt.json"
-        journal = run.attempt(attempt) / "events.jsonl"
-        try:
-            if record.exists() and not isinstance(json.loads(record.read_bytes()), dict):
-                yield Finding(path=record, problem="damaged (no JSON object)")
-        except ValueError as error:
-            yield Finding(path=record, problem=f"damaged ({error})")
-        whole_lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
-        for number, line in enumerate(whole_lines, 1):
-            try:
-                json.loads(line)
-            except ValueError as error:
-                yield Finding(path=journal, problem=f"line {number} is damaged ({error})")
+def _names(folder: Path, findings: list[Finding]) -> list[str]:
+    """Names in a folder, sorted; none, and a finding, if it can't be listed."""
+    try:
+        return sorted(os.listdir(folder))  # noqa: PTH208 - names are all that is needed
+    except OSError as error:
+        findings.append(Finding(path=folder, problem=f"can't be listed ({error.strerror})"))
+        return []
 
 
 def _missing(run: RunDirectory) -> Iterator[Finding]:
@@ -216,7 +217,11 @@ def _missing(run: RunDirectory) -> Iterator[Finding]:
         {path.name.split(".")[0] for path in run.quarantine.glob("*-*")} if run.quarantine.is_dir() else set()
     )
     for attempt in run.attempt_numbers():
-        for event in read_events(run.attempt(attempt) / "events.jsonl"):
+        try:
+            events = read_events(run.attempt(attempt) / "events.jsonl")
+        except IntegrityError:
+            continue  # told already
+        for event in events:
             name = event.get("checkpoint")
             if event.get("event") == "saved" and isinstance(name, str) and name not in known | aside:
                 yield Finding(path=run.checkpoints / name, problem="was committed, and is gone")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,8 +218,10 @@ def latest_job(run_dir: Path) -> JobHandle:
     """
     jobs = find_jobs(run_dir)
     if not jobs:
+        RunDirectory(run_dir).identity()  # says so if it is none
         raise CheckpointNotFound(
-            f"{run_dir}: no job was submitted from here; is it the run directory? {os.fspath(Path.cwd())} is the current folder"
+            f"{run_dir}: no job of this run is known, so it was started by hand; look at it where it runs, and "
+            "end it there (Ctrl-C)"
         )
     return jobs[-1]
 

@@ -17,11 +17,20 @@ from hpc_resume.journal import read_events
 from hpc_resume.rundir import RunDirectory, checkpoint_step
 from hpc_resume.scheduler.cause import Cause
 from hpc_resume.scheduler.local import LocalState, process_ticks, state_path
+from hpc_resume.untrusted import open_regular, parse_json, read_regular
 
 #: Without a scheduler's word, an attempt whose journal has been silent for longer counts as interrupted.
 _SILENCE_S = 600.0
 #: The last line of a metrics file is in here.
 _TAIL_BYTES = 1 << 16
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("t", "started"), (int, float)),
+    **dict.fromkeys(("step", "exit_code", "restart_count", "world_size"), int),
+    **dict.fromkeys(("job_id", "node_type", "cause", "decision", "rendezvous", "kind", "event"), str),
+    "nodes": list,
+}
+#: A longer attempt.json is none.
+_LONGEST_RECORD_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,11 +149,11 @@ class _Trace:
 
     def __init__(self, run: RunDirectory, number: int) -> None:
         self.number = number
-        self.record = _json_object(run.attempt(number) / "attempt.json")
-        self.events = read_events(run.attempt(number) / "events.jsonl")
+        self.record = _typed(_json_object(run.attempt(number) / "attempt.json"))
+        self.events = [_typed(event) for event in read_events(run.attempt(number) / "events.jsonl")]
         self.ended = _last(self.events, {"ended"})
         begun = _last(self.events, {"restored", "fresh"})
-        self.first_step = None if begun is None else int(begun.get("step", 0))
+        self.first_step = None if begun is None else begun.get("step", 0)
         self.last_step = self._last_step(run.attempt(number))
 
     @property
@@ -172,7 +181,7 @@ class _Trace:
             restart_count=record.get("restart_count"),
             world_size=record.get("world_size"),
             node_type=record.get("node_type"),
-            nodes=tuple(record.get("nodes") or ()),
+            nodes=tuple(str(node) for node in record.get("nodes", ())),
             cause=cause,
             evidence=str(ended.get("why") or stop.get("evidence") or ("left no last word" if over else "")),
             decision=ended.get("decision"),
@@ -256,21 +265,30 @@ def _last(events: Sequence[JsonObject], kinds: set[str]) -> JsonObject | None:
 
 def _last_metric_step(path: Path) -> int | None:
     """Step of the last whole line of a metrics file."""
-    with path.open("rb") as file:
+    try:
+        fd = open_regular(path, follow=True)
+    except OSError:
+        return None
+    with os.fdopen(fd, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         for line in reversed(file.read().splitlines()):
             try:
                 step: Any = json.loads(line)["step"]
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, RecursionError):
                 continue
             if isinstance(step, int):
                 return step
     return None
 
 
+def _typed(record: JsonObject) -> JsonObject:
+    """Leave out what is of another type than this program writes: then it says nothing."""
+    return {key: value for key, value in record.items() if isinstance(value, _TYPES.get(key, object))}
+
+
 def _json_object(path: Path) -> JsonObject:
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(read_regular(path, longest_bytes=_LONGEST_RECORD_BYTES))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from hpc_resume.files import JsonObject
 from hpc_resume.report.checkpoints import CheckpointSummary
 from hpc_resume.report.status import AttemptStatus, RunStatus
+from hpc_resume.untrusted import printable
 
 #: Causes in words; what is not here is its own word.
 CAUSES = {
@@ -35,10 +37,10 @@ class Table:
     note: str = ""
 
     def lines(self) -> list[str]:
-        """Aligned lines of text."""
-        lines = [self.title] if self.title else []
+        """Aligned lines of text; what names in files could tell a terminal to do is spelled out."""
+        lines = [printable(self.title)] if self.title else []
         if self.rows:
-            grid = (self.columns, *self.rows)
+            grid = (self.columns, *(tuple(map(cell_text, row)) for row in self.rows))
             widths = [max(len(row[place]) for row in grid) for place in range(len(self.columns))]
             for row in grid:
                 cells = [
@@ -46,7 +48,7 @@ class Table:
                     for cell, width, column in zip(row, widths, self.columns, strict=True)
                 ]
                 lines.append("  ".join(cells).rstrip())
-        return [*lines, self.note] if self.note else lines
+        return [*lines, printable(self.note)] if self.note else lines
 
     def html(self) -> str:
         """HTML for a notebook."""
@@ -95,10 +97,10 @@ def contents_table(described: JsonObject) -> Table:
         title=f"{described['name']}: step {described['step']}, {described['samples']} samples, "
         f"saved ({described['reason']}) by {_count(described['world_size'], 'rank')} of attempt {described['attempt']} "
         f"at {written}, {size_text(described['size_bytes'])}",
-        columns=("tensor", "shape", "type", "size", "boxes"),
-        right=("size", "boxes"),
+        columns=("tensor", "shape", "type", "size", "ranks"),
+        right=("size", "ranks"),
         rows=tuple(
-            (name, shapes[name], tensor["dtype"], size_text(tensor["size_bytes"]), str(tensor["boxes"]))
+            (name, shapes[name], tensor["dtype"], size_text(tensor["size_bytes"]), str(tensor["ranks"]))
             for name, tensor in tensors.items()
         ),
         note=f"besides: {', '.join(described['objects'])}" if described["objects"] else "",
@@ -156,6 +158,8 @@ def _note(status: RunStatus) -> str:
 
 def duration_text(seconds: float) -> str:
     """Write a duration in its two largest units: ``"2 h 05 min"``."""
+    if not math.isfinite(seconds):
+        return "?"
     whole = max(0, round(seconds))
     for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:
@@ -170,6 +174,11 @@ def size_text(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.1f} PB"
+
+
+def cell_text(text: str) -> str:
+    """Text of a cell: one line, with nothing in it that steers a terminal."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _count(number: int, what: str) -> str:

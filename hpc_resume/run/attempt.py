@@ -12,10 +12,11 @@ from hpc_resume.files import DISK, Clock, JsonObject
 from hpc_resume.journal import Journal, read_events
 from hpc_resume.policy.budget import idle_attempts
 from hpc_resume.provenance.environment import describe_environment
-from hpc_resume.rundir import RunDirectory
+from hpc_resume.rundir import RunDirectory, sealed
 from hpc_resume.scheduler.environment import JobEnvironment
 
-SCHEMA = 1
+#: Since 2, the record has a digest, and each line of the journal and of the metrics a checksum.
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ def begin_attempt(
         "config": config.digest(),
         "environment": describe_environment(),
     }
-    DISK.write_file(run.attempt(number) / "attempt.json", json.dumps(record, indent=1).encode())
+    DISK.write_file(run.attempt(number) / "attempt.json", sealed(record))
     journal = Journal(run.attempt(number) / "events.jsonl", clock=clock)
     journal.event("begun")
     committed, refused = finish_earlier_commits(run)

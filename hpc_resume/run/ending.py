@@ -75,8 +75,14 @@ def after_crash(error: Exception, *, restartable: bool, under_way: bool) -> int:
         return error.exit_code
     if not restartable:
         return EXIT_FAILED
-    lost_peer = isinstance(error, RendezvousError | DistError) or _PEER_IS_GONE.search(str(error))
-    return EXIT_CONTINUE if lost_peer or under_way else EXIT_FAILED
+    return EXIT_CONTINUE if lost_a_peer(error) or under_way else EXIT_FAILED
+
+
+def lost_a_peer(error: Exception) -> bool:
+    """Whether an exception says that another rank is gone."""
+    if isinstance(error, HpcResumeError):
+        return isinstance(error, RendezvousError)
+    return isinstance(error, DistError) or _PEER_IS_GONE.search(str(error)) is not None
 
 
 class LastWord:
@@ -123,14 +129,13 @@ class LastWord:
         lost
             Why it could not be ended in order, if it could not.
         """
-        countable = not progressed and self._environment.job_id is not None
         ending = end_attempt(
             verdict,
             self._scheduler,
             own_restarts=self._environment.restart_count,
             warning_lead_s=self._config.warning_lead_s,
             now_s=self._clock(),
-            idle=self.idle_before + 1 if countable else 0,
+            idle=self._idle(progressed),
             max_idle=self._config.budget.max_idle,
             exit_code_suffices=verdict.cause is Cause.CRASH and self._environment.launcher_requeues,
         )
@@ -138,6 +143,13 @@ class LastWord:
             ending = replace(ending, why=f"{lost}; {ending.why}")
         self.write(ending, step=step)
         return ending
+
+    def spent(self, progressed: bool) -> bool:
+        """Whether the run will not be continued, because attempts without progress have used up its budget."""
+        return self._idle(progressed) >= self._config.budget.max_idle
+
+    def _idle(self, progressed: bool) -> int:
+        return 0 if progressed or self._environment.job_id is None else self.idle_before + 1
 
     def write(self, ending: Ending, *, step: int) -> None:
         """Write an ending that was decided elsewhere."""

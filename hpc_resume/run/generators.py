@@ -14,6 +14,11 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from hpc_resume.errors import IntegrityError
+
+#: Words of a Mersenne twister's state.
+_MERSENNE_WORDS = 624
+
 
 def seed_all(seed: int, *stream: int) -> None:
     """Seed every generator of this process from a seed and the numbers that name the stream."""
@@ -42,12 +47,29 @@ def capture() -> dict[str, torch.Tensor]:
 
 
 def restore(states: Mapping[str, torch.Tensor]) -> None:
-    """Set this process's generators to captured states."""
+    """Set this process's generators to captured states.
+
+    Raises
+    ------
+    IntegrityError
+        If they are none.
+    """
+    try:
+        _restore(states)
+    except (LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise IntegrityError(
+            f"no states of random generators: {type(error).__name__}: {error!s:.200}"
+        ) from error
+
+
+def _restore(states: Mapping[str, torch.Tensor]) -> None:
     version, *words = states["rng/python"].tolist()
     has_next, gauss = states["rng/python_gauss"].tolist()
     random.setstate((version, tuple(words), gauss if has_next else None))
     position, has_gauss, cached = states["rng/numpy_rest"].tolist()
     keys = states["rng/numpy"].numpy().astype(np.uint32)
+    if not 0 <= position <= keys.size == _MERSENNE_WORDS:
+        raise ValueError("NumPy's place is outside its words")  # NumPy itself would read there
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))  # noqa: NPY002 - as above
     torch.set_rng_state(states["rng/torch"])
     if torch.cuda.is_available() and "rng/cuda" in states:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from hpc_resume.errors import UsageError
 from hpc_resume.files import Clock
+from hpc_resume.journal import write_line
 
 #: Values are turned into numbers and written at most this often: reading a GPU tensor waits for the GPU.
 _FLUSH_S = 1.0
+#: What a line holds besides.
+_TAKEN = frozenset({"step", "t"})
 
 
 class Metrics:
@@ -31,10 +34,15 @@ class Metrics:
         self._flushed = clock()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Keep values (numbers or one-element tensors) of a step; tensors are not read yet."""
-        row = self._pending.setdefault(step, {"t": self._clock()})
-        for name, value in values.items():
-            row[name] = value.detach() if hasattr(value, "detach") else value
+        """Keep values of a step; tensors are not read yet.
+
+        Raises
+        ------
+        UsageError
+            If a value is neither a number nor a one-element tensor, or its name is taken.
+        """
+        checked = {name: _check(name, value) for name, value in values.items()}
+        self._pending.setdefault(step, {"t": self._clock()}).update(checked)
 
     def maybe_flush(self) -> None:
         """Write what is pending if the last time was long enough ago."""
@@ -44,15 +52,34 @@ class Metrics:
     def flush(self) -> None:
         """Write what is pending."""
         self._flushed = self._clock()
-        if not self._pending:
+        pending, self._pending = self._pending, {}  # whatever goes wrong below would go wrong again
+        if not pending:
             return
         lines = []
-        for step, row in self._pending.items():
+        for step, row in pending.items():
             numbers = {name: float(value) for name, value in row.items()}
-            lines.append(json.dumps({"step": step, **numbers}))
-        self._pending.clear()
+            lines.append(write_line({**numbers, "step": step}))
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            os.write(fd, ("\n".join(lines) + "\n").encode())
+            os.write(fd, b"".join(lines))
         finally:
             os.close(fd)
+
+
+def _check(name: str, value: Any) -> Any:
+    """Give a value as it is kept: a number, or a tensor that is read later."""
+    if name in _TAKEN:
+        raise UsageError(f"run.log: {name!r} is recorded by itself; leave it out, or give it another name")
+    if hasattr(value, "detach"):
+        if value.numel() == 1:
+            return value.detach()
+        what = f"a tensor of shape {list(value.shape)}"
+    else:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            what = repr(value) if isinstance(value, (str, type(None))) else f"a {type(value).__name__}"
+    raise UsageError(
+        f"run.log: {name} is {what}, and only numbers and one-element tensors can be logged; "
+        f"give one, such as {name}.mean()"
+    )

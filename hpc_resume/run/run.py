@@ -247,6 +247,11 @@ class Run:
         **values
             Numbers or one-element tensors. Each rank records its own; reports show the mean over ranks.
             Tensors are read about once a second, so that logging waits for no GPU.
+
+        Raises
+        ------
+        UsageError
+            If a value is neither, or is called ``step`` or ``t``, which are recorded by themselves.
         """
         self._session.metrics.log(self.step, values)
 

@@ -225,13 +225,14 @@ class Saver:
             content=MODEL if content == MODEL else FULL,
             note=note,
         )
-        snapshot = self._camera.take(captured, stage=self._config.checkpoint.asynchronous and not wait)
+        stage = self._config.checkpoint.asynchronous and not wait and self._camera.may_stage(captured)
+        snapshot = self._camera.take(captured, stage=stage)
         pending = _Pending(details={"reason": reason}, began_s=time.monotonic())
         if content == MODEL:
             pending.details.update(content=MODEL, note=note)
         self._pending[step] = pending
         self.saved_step = step
-        if snapshot.arena is not None:
+        if stage:
             pending.writing = self._background.submit(self._write, header, snapshot, False)
         else:
             pending.captured, pending.header = captured, header
@@ -279,8 +280,6 @@ class Saver:
     def _write(self, header: Header, snapshot: Snapshot, only_changed: bool) -> None:
         """Write this rank's part, and commit if it is the last one; on the background thread or not."""
         try:
-            if snapshot.arena is not None:
-                snapshot.arena.wait()
             self._staging.write(header, snapshot, only_changed=only_changed)
             if self._store.add(f"receipts/{header.step}", 1) == self._environment.world_size:
                 self._commit(header.step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import sys
@@ -16,6 +18,7 @@ from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.config import Config
 from hpc_resume.errors import (
     EXIT_CONTINUE,
+    EXIT_FAILED,
     BudgetSpent,
     HpcResumeError,
     Interrupted,
@@ -26,7 +29,7 @@ from hpc_resume.files import Clock
 from hpc_resume.journal import Journal
 from hpc_resume.run import generators
 from hpc_resume.run.attempt import AttemptFacts, begin_attempt, idle_before
-from hpc_resume.run.ending import Ending, LastWord, after_crash
+from hpc_resume.run.ending import Ending, LastWord, after_crash, lost_a_peer
 from hpc_resume.run.metrics import Metrics
 from hpc_resume.run.peers import join
 from hpc_resume.run.restoring import restore_newest
@@ -45,6 +48,8 @@ _LEAVE_S = 90.0
 _DRAIN_S = 60.0
 #: A rank that gives up leaves rank 0 this long for its last word: once it exits, the launcher ends the rest.
 _HEAD_START_S = 10.0
+#: A rank that crashes by itself tells why within this; one that was killed never does.
+_CAUSE_S = 1.0
 
 
 class Session:
@@ -240,9 +245,7 @@ class Session:
         else:
             ending = self.peers.get("ending", _LEAVE_S)
         self.say(f"attempt {self.facts.number} ends after step {self.step}: {ending['why']}")
-        self.peers.store.add("left", 1)
-        if self.rank == 0:  # the store is here: stay until everybody has read the ending
-            self.peers.wait_for_count("left", self.world_size, _HEAD_START_S)
+        self._part()
         self.stopping.close(last_word=True)
         if ending["exit_code"] == EXIT_CONTINUE:
             raise Interrupted(ending["why"])
@@ -254,8 +257,16 @@ class Session:
         self.saver.poll()
         self._write(Cause.DONE, "done", "all steps are done", 0)
         self.say(f"done: step {self.step}")
+        self._part()
         self.stopping.close(last_word=False)
         self.shut_down(destroy=True)
+
+    def _part(self) -> None:
+        """Read nothing more from the control store; rank 0, which keeps it, stays until all have come here."""
+        with contextlib.suppress(RuntimeError):  # rank 0 has waited long enough, and left
+            self.peers.store.add("left", 1)
+            if self.rank == 0:
+                self.peers.wait_for_count("left", self.world_size, _HEAD_START_S)
 
     def crash(self, error: Exception) -> None:
         """End an attempt that an exception has left; returns if the exception shall go on its way.
@@ -267,17 +278,23 @@ class Session:
         SystemExit
             With the exit code of an error of ours, after its message.
         """
-        self.metrics.flush()
-        self.saver.drain(_DRAIN_S)
-        summary = traceback.format_exception_only(type(error), error)[-1].strip()
+        with contextlib.suppress(Exception):  # reading a tensor of a GPU that has failed fails, too
+            self.metrics.flush()
+        ours = isinstance(error, HpcResumeError)
+        summary = str(error) if ours else traceback.format_exception_only(type(error), error)[-1].strip()
         restartable = self.environment.job_id is not None
         code = after_crash(error, restartable=restartable, under_way=self.step > self.first_step)
-        if self.rank == 0:
-            if code == EXIT_CONTINUE:
-                code = self._end(Verdict(cause=Cause.CRASH, evidence=summary)).exit_code
-            else:
-                spent = isinstance(error, BudgetSpent)
-                self._write(Cause.NO_PROGRESS if spent else Cause.CRASH, "stop", summary, code)
+        code, summary = self._first_cause(error, code, summary)
+        self.saver.drain(_DRAIN_S)
+        assert self._last_word is not None
+        if self.rank != 0:
+            if code == EXIT_CONTINUE and self._last_word.spent(self._progressed):
+                code = EXIT_FAILED  # as rank 0 decides: one rank's 75 would have the run continued
+        elif code == EXIT_CONTINUE:
+            code = self._end(Verdict(cause=Cause.CRASH, evidence=summary)).exit_code
+        else:
+            spent = isinstance(error, BudgetSpent)
+            self._write(Cause.NO_PROGRESS if spent else Cause.CRASH, "stop", summary, code)
         self.stopping.abandon(last_word=code == EXIT_CONTINUE)
         self.shut_down(destroy=False)
         if code == EXIT_CONTINUE:
@@ -286,6 +303,18 @@ class Session:
         if isinstance(error, HpcResumeError) and not isinstance(error, RendezvousError | SaveError):
             sys.stderr.write(f"hpc_resume: {error}\n")
             raise SystemExit(code) from None
+
+    def _first_cause(self, error: Exception, code: int, summary: str) -> tuple[int, str]:
+        """Tell rank 0 why this rank crashes; or, on rank 0 that only lost a peer, take the peer's word for it."""
+        with contextlib.suppress(
+            Exception
+        ):  # the store may be gone with rank 0, and a killed rank says nothing
+            if not lost_a_peer(error):
+                self.peers.store.set("crash", json.dumps([code, f"rank {self.rank}: {summary}"]))
+            elif self.rank == 0:
+                code, told = self.peers.get("crash", _CAUSE_S)
+                return code, f"{told}; rank 0: {summary}"
+        return code, summary
 
     def cancel(self) -> None:
         """End an attempt that somebody broke off at the keyboard, in a hurry."""
@@ -301,10 +330,13 @@ class Session:
             self._journal.close()
             self._journal = None
 
+    @property
+    def _progressed(self) -> bool:
+        return self.saver.committed_step > self.first_step
+
     def _end(self, verdict: Verdict, lost: str | None = None) -> Ending:
         assert self._last_word is not None
-        progressed = self.saver.committed_step > self.first_step
-        return self._last_word.end(verdict, step=self.step, progressed=progressed, lost=lost)
+        return self._last_word.end(verdict, step=self.step, progressed=self._progressed, lost=lost)
 
     def _give_up(self, verdict: Verdict, reason: str) -> None:
         """Leave without a step boundary, on a thread: the last committed checkpoint is what remains."""

@@ -120,6 +120,12 @@ def test_waiting_has_an_end(here):
         ("gpt.py:train", {"config": {"scheduler": "slurm"}}, UsageError, "no sbatch on PATH"),
         ("gpt.py:train", {"run_dir": "gpt.py"}, UsageError, "is a file"),
         ("gpt.py:train", {"run_dir": "."}, UsageError, "no run directory"),
+        (
+            "gpt.py:train",
+            {"run_dir": "/proc/run"},
+            UsageError,
+            "can't be made a run directory .*give another",
+        ),
         (["no-such-program-xyz"], {}, UsageError, "no such program"),
     ],
 )
@@ -169,5 +175,8 @@ def test_settings_from_variables_are_resolved_once(here, monkeypatch):
 
 
 def test_a_run_without_jobs_has_no_latest(tmp_path):
-    with pytest.raises(CheckpointNotFound, match="no job was submitted"):
+    with pytest.raises(CheckpointNotFound, match="no run directory"):
+        latest_job(tmp_path)
+    RunDirectory(tmp_path).create("run")
+    with pytest.raises(CheckpointNotFound, match="started by hand"):
         latest_job(tmp_path)

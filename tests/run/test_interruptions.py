@@ -21,6 +21,8 @@ from hpc_resume.checkpoint.reader import CheckpointReader
 from hpc_resume.checkpoint.shardfile import ShardFile
 from hpc_resume.checkpoint.verify import verify_run
 from hpc_resume.journal import read_events
+from hpc_resume.run.metrics import Metrics
+from hpc_resume.run.saving import Saver
 from hpc_resume.rundir import RunDirectory
 from tests.ranks import Attempt
 from tests.run.training import GLOBAL_BATCH, train
@@ -247,10 +249,6 @@ def test_without_any_whole_checkpoint_the_run_stops_instead_of_starting_over(tmp
     for path in run_dir.glob("checkpoints/*/rank*"):
         os.truncate(path, path.stat().st_size - 1)
     attempt = Attempt(run_dir, 1, train, 8)
-    assert attempt.wait() == [0], "a byte of padding is nothing that a restore reads"
-    for path in run_dir.glob("checkpoints/*/rank*"):
-        os.truncate(path, 5000)
-    attempt = Attempt(run_dir, 1, train, 12)
     assert attempt.wait() == [4]
     assert "no checkpoint is whole any more" in attempt.log.read_text()
 
@@ -263,6 +261,35 @@ def test_an_exception_before_the_first_step_is_not_repeated(tmp_path):
     attempt = Attempt(tmp_path / "run", 2, train_with_a_mistake, 10, 0)
     assert attempt.wait() == [1, 1]
     assert "ValueError: something in the script" in ended(tmp_path / "run", 1)["why"]
+
+
+def train_on_a_gpu_that_fails(steps):
+    Metrics.flush = lambda _: (_ for _ in ()).throw(RuntimeError("CUDA error: unspecified launch failure"))
+    train(steps, fail_at=3)
+
+
+def test_a_crash_has_its_last_word_though_metrics_can_not_be_read_any_more(tmp_path):
+    attempt = Attempt(tmp_path / "run", 1, train_on_a_gpu_that_fails, 10)
+    assert attempt.wait() == [75]
+    assert "ValueError: something in the script" in ended(tmp_path / "run", 1)["why"]
+
+
+def train_with_a_mistake_on_rank_1(steps, fail_at):
+    train(steps, fail_at=fail_at if os.environ["SUBMITIT_LOCAL_GLOBALID"] == "1" else None)
+
+
+def test_the_last_word_names_the_rank_that_was_wrong(tmp_path):
+    attempt = Attempt(tmp_path / "run", 2, train_with_a_mistake_on_rank_1, 10, 0)
+    assert attempt.wait() == [1, 1], attempt.log.read_text()
+    assert ended(tmp_path / "run", 1)["why"].startswith(
+        "rank 1: ValueError: something in the script; rank 0: "
+    )
+
+
+def test_when_the_budget_is_spent_no_rank_asks_to_be_continued(tmp_path):
+    attempts = [Attempt(tmp_path / "run", 2, train_with_a_mistake_on_rank_1, 10, 3).wait() for _ in range(3)]
+    assert attempts == [[75, 75], [75, 75], [1, 1]]
+    assert ended(tmp_path / "run", 3)["cause"] == "no_progress"
 
 
 def test_a_run_that_makes_no_progress_stops_with_a_clear_last_word(tmp_path):
@@ -279,6 +306,18 @@ def test_a_run_that_makes_no_progress_stops_with_a_clear_last_word(tmp_path):
     assert Attempt(tmp_path / "run", 1, train, 10, job="job-2").wait() == [0]
 
 
+def train_with_a_rank_that_is_slow_to_leave(steps):
+    settle = Saver._settle
+    if os.environ["SUBMITIT_LOCAL_GLOBALID"] == "1":
+        Saver._settle = lambda saver, step, **how: (time.sleep(1), settle(saver, step, **how))
+    train(steps)
+
+
+def test_rank_0_stays_until_all_ranks_know_that_the_run_is_done(tmp_path):
+    attempt = Attempt(tmp_path / "run", 2, train_with_a_rank_that_is_slow_to_leave, 5)
+    assert attempt.wait() == [0, 0], attempt.log.read_text()
+
+
 def train_that_hangs(steps, hang_at):
     train(steps, hang_at=hang_at, stop={"agreement_s": 5, "watchdog_s": 1}, checkpoint={"every_steps": 2})
 
@@ -293,9 +332,17 @@ def test_the_watchdog_leaves_when_no_step_boundary_comes(tmp_path):
     assert committed_step(tmp_path / "run") == 4
 
 
+def catches(pid, number):
+    """Whether a process has a handler for a signal; before that, it would die of it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def test_a_signal_before_the_first_step_is_not_lost(tmp_path):
     attempt = Attempt(tmp_path / "run", 2, train_slowly, 1000)
     attempt.wait_until((tmp_path / "run" / "attempts" / "0001").exists)
+    attempt.wait_until(lambda: all(catches(process.pid, signal.SIGUSR2) for process in attempt.processes))
     attempt.signal(signal.SIGUSR2)
     assert attempt.wait() == [75, 75]
 

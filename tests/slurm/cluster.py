@@ -75,7 +75,7 @@ SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sc
 PriorityType=priority/basic
 PreemptType=preempt/partition_prio   # a partition with a higher PriorityTier preempts one with a lower
 PreemptMode=REQUEUE
-NodeName=DEFAULT CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN
+NodeName=DEFAULT CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN
 {nodes}
 PartitionName=DEFAULT Nodes=ALL State=UP DefaultTime=10 MaxTime=60 DefMemPerCPU=100
 PartitionName=main  PriorityTier=10  PreemptMode=OFF Default=YES

@@ -1,0 +1,127 @@
+"""Whether a run's records are what was written: identity, configurations, attempts and their journals.
+
+Checkpoints are another matter: :mod:`hpc_resume.checkpoint.verify` reads those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpc_resume.errors import CheckpointNotFound, IntegrityError
+from hpc_resume.files import JsonObject
+from hpc_resume.journal import damaged_lines
+from hpc_resume.rundir import RunDirectory, sealed
+from hpc_resume.untrusted import parse_json, read_regular
+
+#: A longer record is none.
+_LONGEST_BYTES = 1 << 24
+
+#: Records of attempts have a digest, and lines of their journals a checksum, since this schema.
+_SEALED_SINCE = 2
+
+
+def check_records(run: RunDirectory) -> Iterator[tuple[Path, str]]:
+    """Find what is wrong with a run's records; it only reads.
+
+    Parameters
+    ----------
+    run
+        The run directory.
+
+    Yields
+    ------
+    (Path, str)
+        A file, and what is wrong with it.
+    """
+    yield from _check_identity(run)
+    yield from _check_configurations(run)
+    numbers = run.attempt_numbers()
+    for number in range(1, max(numbers, default=0) + 1):
+        folder = run.attempt(number)
+        if number not in numbers:
+            yield folder, "is gone"
+            continue
+        record, problem = _read_attempt(folder, number)
+        if problem is not None:
+            yield folder / "attempt.json", problem
+        config = record.get("config")
+        if problem is None and isinstance(config, str) and not configuration_path(run, config).is_file():
+            yield configuration_path(run, config), f"is gone; attempt {number} used it"
+        yield from _check_lines(folder, sealed_lines=record.get("schema", 0) >= _SEALED_SINCE)
+
+
+def configuration_path(run: RunDirectory, digest: str) -> Path:
+    """Where the configuration with a digest lies."""
+    return run.configs / f"{digest}.yaml"
+
+
+def _check_identity(run: RunDirectory) -> Iterator[tuple[Path, str]]:
+    path = run.identity_path
+    try:
+        if read_regular(path, longest_bytes=_LONGEST_BYTES) != sealed(run.identity()):
+            yield path, "is not what was written"
+    except (CheckpointNotFound, FileNotFoundError):
+        yield path, "is gone"
+    except IntegrityError as error:
+        yield path, str(error).removeprefix(f"{path}: ")
+    except OSError as error:
+        yield path, _unreadable(error)
+
+
+def _check_configurations(run: RunDirectory) -> Iterator[tuple[Path, str]]:
+    for path in sorted(run.configs.glob("*.yaml")):
+        try:
+            digest = hashlib.sha256(read_regular(path, longest_bytes=_LONGEST_BYTES)).hexdigest()[:16]
+        except OSError as error:
+            yield path, _unreadable(error)
+        else:
+            if digest != path.stem:
+                yield path, f"is not what was written: its digest is {digest}, not its name"
+
+
+def _read_attempt(folder: Path, number: int) -> tuple[JsonObject, str | None]:
+    """Give the record of an attempt, empty if there is none, and what is wrong with it."""
+    path = folder / "attempt.json"
+    try:
+        data = read_regular(path, longest_bytes=_LONGEST_BYTES)
+        record = parse_json(data)
+    except FileNotFoundError:
+        # An attempt that died at once has none; whatever else it leaves comes later.
+        return {}, "is gone" if any(folder.glob("*.jsonl")) else None
+    except OSError as error:
+        return {}, _unreadable(error)
+    except ValueError as error:
+        return {}, f"is not what was written ({error})"
+    if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
+        return {}, "is not what was written (it holds no record)"
+    has_digest = record["schema"] >= _SEALED_SINCE or "digest" in record
+    if record.get("attempt") != number or data != (sealed(record) if has_digest else _plain(record)):
+        return record, "is not what was written"
+    return record, None
+
+
+def _check_lines(folder: Path, *, sealed_lines: bool) -> Iterator[tuple[Path, str]]:
+    metrics = sorted(folder.glob("metrics-rank-*.jsonl"))
+    journal = folder / "events.jsonl"
+    if metrics and not journal.exists():
+        yield journal, "is gone"
+        journals = metrics
+    else:
+        journals = [journal, *metrics] if journal.exists() else metrics
+    for path in journals:
+        try:
+            for line, problem in damaged_lines(path, sealed=sealed_lines):
+                yield path, f"line {line} {problem}"
+        except OSError as error:
+            yield path, _unreadable(error)
+
+
+def _plain(record: JsonObject) -> bytes:
+    return json.dumps(record, indent=1).encode()
+
+
+def _unreadable(error: OSError) -> str:
+    return f"can't be read ({error.strerror})"
