@@ -23,19 +23,26 @@ from hpc_resume.errors import (
     SaveError,
     SchedulerError,
     StateError,
+    TensorNotFound,
     UsageError,
 )
 
 if TYPE_CHECKING:
+    from hpc_resume.checkpoint.opened import Checkpoint
     from hpc_resume.config import Config
+    from hpc_resume.exchange.dcpreader import DcpReader
+    from hpc_resume.exchange.dcpwriter import DcpWriter
     from hpc_resume.job import Job, submit
     from hpc_resume.run.run import Run
 
 __all__ = [
     "BudgetSpent",
+    "Checkpoint",
     "CheckpointNotFound",
     "Config",
     "ConfigError",
+    "DcpReader",
+    "DcpWriter",
     "FencedError",
     "HpcResumeError",
     "IntegrityError",
@@ -47,13 +54,17 @@ __all__ = [
     "SaveError",
     "SchedulerError",
     "StateError",
+    "TensorNotFound",
     "UsageError",
     "__version__",
     "submit",
 ]
 
 _LAZY = {
+    "Checkpoint": "hpc_resume.checkpoint.opened",
     "Config": "hpc_resume.config",
+    "DcpReader": "hpc_resume.exchange.dcpreader",
+    "DcpWriter": "hpc_resume.exchange.dcpwriter",
     "Job": "hpc_resume.job",
     "Run": "hpc_resume.run.run",
     "submit": "hpc_resume.job",

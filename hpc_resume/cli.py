@@ -220,6 +220,63 @@ def verify(ctx: click.Context, run: Path, threads: int, as_json: bool) -> None:
 
 @main.command()
 @_run
+@click.option(
+    "--to", "target", required=True, metavar="TARGET", type=click.Path(path_type=Path), help="See above."
+)
+@click.option("--step", type=int, help="The checkpoint of this step; by default the newest full one.")
+@click.option("--names", metavar="PATTERN", help="Only tensors whose names fit, such as 'model/*'.")
+@click.option("--key", help="One tracked item alone, under its own names: model gives a state dict.")
+@click.option("--dtype", metavar="TYPE", help="For floating-point tensors, such as bfloat16.")
+def export(
+    run: Path, target: Path, step: int | None, names: str | None, key: str | None, dtype: str | None
+) -> None:
+    r"""Write a checkpoint in another format, tensor by tensor, each verified.
+
+    TARGET must not exist. Its name says what it becomes:
+
+    \b
+    FILE.safetensors  every tensor once, tied ones under the first of their names;
+                      the rest of the state as JSON in the header (not with --key)
+    FILE.pt           what torch.load(weights_only=True) reads: the nested state with
+                      tied weights and everything else; NumPy's arrays and numbers
+                      become tensors and plain numbers (.pth, .bin, .ckpt, too)
+    FOLDER            torch.distributed.checkpoint; tied weights under each name
+    """
+    from hpc_resume.exchange.exporting import export_checkpoint
+
+    count = export_checkpoint(run, target, step=step, names=names, key=key, dtype=dtype)
+    click.echo(str(target))
+    click.echo(f"{count} tensor{'' if count == 1 else 's'}", err=True)
+
+
+@main.command("import")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--into", required=True, metavar="RUN", type=click.Path(path_type=Path), help="A new run's folder."
+)
+@click.option("--key", help="Track everything under this name; by default a state dict goes under model.")
+@click.option("--step", type=int, default=0, show_default=True, help="Of the checkpoint.")
+@click.option("--name", help="Of the run; by default its folder's.")
+def import_(source: Path, into: Path, key: str | None, step: int, name: str | None) -> None:
+    r"""Make a run's folder with one checkpoint from another format; no code in it is run.
+
+    \b
+    SOURCE is one of
+    FILE.safetensors, or a folder of them   tensors; with all state if we exported it
+    FILE of torch.save                      what weights_only=True loads
+    FOLDER of torch.distributed.checkpoint  with a .metadata in it
+
+    Tied weights stay tied where the source says that they are one tensor. A run that tracks the same names goes
+    on from it; hr.Checkpoint(RUN).load_into(model) takes the weights alone.
+    """
+    from hpc_resume.exchange.importing import import_checkpoint
+
+    checkpoint = import_checkpoint(source, into, key=key, step=step, name=name)
+    click.echo(str(into / "checkpoints" / checkpoint))
+
+
+@main.command()
+@_run
 def cancel(run: Path) -> None:
     """End a run's job for good; its ranks may save first."""
     from hpc_resume.job import Job

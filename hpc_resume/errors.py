@@ -6,7 +6,8 @@
     ├── UsageError          ValueError      2   something that the user wrote can't be done
     │   ├── ConfigError                     2   a configuration file or setting
     │   ├── StateError      TypeError       2   an object in the tracked state can't be stored
-    │   └── MismatchError                   2   the checkpoint does not fit what is tracked now
+    │   ├── MismatchError                   2   the checkpoint does not fit what is tracked now
+    │   └── TensorNotFound  KeyError        2   the checkpoint has no tensor of this name
     ├── CheckpointNotFound  FileNotFoundError 3 nothing to restore
     ├── IntegrityError                      4   bytes on disk are not the bytes that were committed
     ├── SaveError           OSError         1   a checkpoint could not be written
@@ -53,6 +54,12 @@ class StateError(UsageError, TypeError):
 
 class MismatchError(UsageError):
     """The checkpoint does not fit what is tracked now; the message lists every difference."""
+
+
+class TensorNotFound(UsageError, KeyError):  # noqa: N818 - reads as what happened
+    """The checkpoint has no tensor of this name."""
+
+    __str__ = Exception.__str__  # KeyError would show the message in quotes
 
 
 class CheckpointNotFound(HpcResumeError, FileNotFoundError):  # noqa: N818 - reads as what happened

@@ -22,7 +22,7 @@ from hpc_resume.errors import IntegrityError
 from hpc_resume.untrusted import read_regular
 
 #: A longer journal is none; one event takes some hundred bytes.
-_LONGEST_BYTES = 1 << 30
+_LONGEST_BYTES = 1 << 28
 _CHECKSUM = "#"  # no name that a keyword argument could have
 _SEALED = re.compile(rb'(.*), "#": "([0-9a-f]{8})"\}', re.DOTALL)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.files import JsonObject
 from hpc_resume.journal import damaged_lines
 from hpc_resume.rundir import RunDirectory, sealed
-from hpc_resume.untrusted import parse_json, read_regular
+from hpc_resume.untrusted import check_nesting, parse_json, read_regular
 
 #: A longer record is none.
 _LONGEST_BYTES = 1 << 24
+_MAX_NESTING = 16
+_DIGEST = re.compile(r"[0-9a-f]{1,64}")
 
 #: Records of attempts have a digest, and lines of their journals a checksum, since this schema.
 _SEALED_SINCE = 2
@@ -39,16 +42,18 @@ def check_records(run: RunDirectory) -> Iterator[tuple[Path, str]]:
     yield from _check_identity(run)
     yield from _check_configurations(run)
     numbers = run.attempt_numbers()
-    for number in range(1, max(numbers, default=0) + 1):
+    before = 0
+    for number in numbers:
+        if number - before > 1:
+            more = f", and {number - before - 2} more after it" if number - before > 2 else ""
+            yield run.attempt(before + 1), f"is gone{more}"
+        before = number
         folder = run.attempt(number)
-        if number not in numbers:
-            yield folder, "is gone"
-            continue
         record, problem = _read_attempt(folder, number)
         if problem is not None:
             yield folder / "attempt.json", problem
         config = record.get("config")
-        if problem is None and isinstance(config, str) and not configuration_path(run, config).is_file():
+        if problem is None and isinstance(config, str) and not has_configuration(run, config):
             yield configuration_path(run, config), f"is gone; attempt {number} used it"
         yield from _check_lines(folder, sealed_lines=record.get("schema", 0) >= _SEALED_SINCE)
 
@@ -56,6 +61,11 @@ def check_records(run: RunDirectory) -> Iterator[tuple[Path, str]]:
 def configuration_path(run: RunDirectory, digest: str) -> Path:
     """Where the configuration with a digest lies."""
     return run.configs / f"{digest}.yaml"
+
+
+def has_configuration(run: RunDirectory, digest: str) -> bool:
+    """Whether the configuration with a digest, or what somebody wrote in place of one, is there."""
+    return _DIGEST.fullmatch(digest) is not None and configuration_path(run, digest).is_file()
 
 
 def _check_identity(run: RunDirectory) -> Iterator[tuple[Path, str]]:
@@ -88,6 +98,7 @@ def _read_attempt(folder: Path, number: int) -> tuple[JsonObject, str | None]:
     try:
         data = read_regular(path, longest_bytes=_LONGEST_BYTES)
         record = parse_json(data)
+        check_nesting(record, _MAX_NESTING)
     except FileNotFoundError:
         # An attempt that died at once has none; whatever else it leaves comes later.
         return {}, "is gone" if any(folder.glob("*.jsonl")) else None

@@ -15,6 +15,8 @@ from typing import Any
 
 #: Longest integer in JSON that is read. Source: Python's own limit, which Python 3.10 need not have.
 _LONGEST_DIGITS = 4300
+#: Read at a time: memory is taken for what is there, not for what may be.
+_PIECE_BYTES = 1 << 20
 _LONG_NUMBER = re.compile(r"\d{400,}")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -66,11 +68,15 @@ def read_regular(path: Path | str, *, longest_bytes: int, follow: bool = True) -
         If it can't be read, is no regular file, or is longer.
     """
     fd = open_regular(path, follow=follow)
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(longest_bytes + 1)
-    if len(data) > longest_bytes:
-        raise OSError(errno.EFBIG, f"longer than {longest_bytes} bytes", str(path))
-    return data
+    data = bytearray()
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        if os.fstat(fd).st_size > longest_bytes:
+            raise OSError(errno.EFBIG, f"longer than {longest_bytes} bytes", str(path))
+        while piece := file.read(_PIECE_BYTES):
+            data += piece
+            if len(data) > longest_bytes:
+                raise OSError(errno.EFBIG, f"longer than {longest_bytes} bytes", str(path))
+    return bytes(data)
 
 
 def _check_regular(mode: int, path: Path | str) -> None:

@@ -22,7 +22,7 @@ import uuid
 from pathlib import Path
 
 from hpc_resume.checkpoint.collector import paused_collector
-from hpc_resume.checkpoint.manifest import MANIFEST, read_manifest
+from hpc_resume.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from hpc_resume.checkpoint.receipt import Receipt, to_manifest
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import DISK, Filesystem
@@ -99,10 +99,25 @@ def finish_commit(run: RunDirectory, folder: Path, *, fs: Filesystem = DISK) -> 
     FileNotFoundError
         If the folder is gone.
     """
-    shards = folder / "shards"
     receipts = _all_receipts(folder, fs)
-    parents = [name for name in run.checkpoint_names() if checkpoint_step(name) < receipts[0].header.step]
-    manifest = to_manifest(receipts, parents[-1] if parents else None)
+    return publish(run, folder, to_manifest(receipts, parent_of(run, receipts[0].header.step)), fs=fs)
+
+
+def parent_of(run: RunDirectory, step: int) -> str | None:
+    """Name of the newest committed checkpoint before a step."""
+    parents = [name for name in run.checkpoint_names() if checkpoint_step(name) < step]
+    return parents[-1] if parents else None
+
+
+def publish(run: RunDirectory, folder: Path, manifest: Manifest, *, fs: Filesystem = DISK) -> str:
+    """Commit the shards in a staged checkpoint's folder under a manifest; see :func:`finish_commit`.
+
+    Returns
+    -------
+    str
+        Name of the committed checkpoint.
+    """
+    shards = folder / "shards"
     for name in manifest.refers:
         if not (run.checkpoints / name).is_dir():
             raise IntegrityError(f"{folder}: it refers to bytes of {name}, which is not there any more")

@@ -43,7 +43,7 @@ def item_bytes(dtype: str) -> int:
     try:
         return ITEM_BYTES[dtype]
     except KeyError:
-        raise IntegrityError(f"unknown element type {dtype!r}; known: {', '.join(ITEM_BYTES)}") from None
+        raise IntegrityError(f"unknown element type {dtype!r:.40}; known: {', '.join(ITEM_BYTES)}") from None
 
 
 @lru_cache(maxsize=64)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from hpc_resume.checkpoint import dtypes
+from hpc_resume.checkpoint import dtypes, objects, optimizers
 from hpc_resume.checkpoint.boxes import Box
+from hpc_resume.checkpoint.leaves import flatten
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
-from hpc_resume.errors import MismatchError
+from hpc_resume.errors import IntegrityError, MismatchError
+
+#: Under which name a tensor is stored, and the tensor to read it into.
+Target = tuple[str, torch.Tensor]
 
 
 def target_for(have: torch.Tensor | None, stored: str, reader: CheckpointReader) -> torch.Tensor:
@@ -70,3 +75,85 @@ def shape_problems(name: str, tensor: torch.Tensor, stored: str, reader: Checkpo
     if dtypes.name_of(tensor.dtype) != record.dtype:
         problems.append(f"{name}: {dtypes.name_of(tensor.dtype)}, in the checkpoint {record.dtype}")
     return problems
+
+
+def present(key: str, state: Any) -> dict[str, torch.Tensor]:
+    """Give the tensors of an item as it is now, by each of their names."""
+    tree, leaves = flatten(key, state)
+    return {name: leaves[stored] for name, stored in objects.tensor_names(tree).items()}
+
+
+def check_names(names: Mapping[str, str], earlier: Mapping[str, Any], reader: CheckpointReader) -> None:
+    """Check that each tensor of a state is stored, and is not another tracked object's too.
+
+    Raises
+    ------
+    IntegrityError
+        If not.
+    """
+    for name, stored in names.items():
+        if stored not in reader.manifest.structure.tensors:
+            raise IntegrityError(f"{reader.folder}: {stored} stands in the state but has no bytes")
+        if name in earlier:
+            raise IntegrityError(f"{reader.folder}: {name} stands in the state twice")
+
+
+def module_targets(
+    have: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    box_of: Callable[[str, torch.Tensor], Box],
+    reader: CheckpointReader,
+    targets: dict[str, Target],
+) -> list[str]:
+    """Add the tensors of a module to read into: its own; returns in what it differs."""
+    problems = [f"{n}: in the model, not in the checkpoint" for n in sorted(have.keys() - names.keys())]
+    problems += [f"{n}: in the checkpoint, not in the model" for n in sorted(names.keys() - have.keys())]
+    both = {name: stored for name, stored in names.items() if name in have}
+    misfits = [p for name, stored in both.items() for p in shape_problems(name, have[name], stored, reader)]
+    for first, other in () if misfits else tied(both, have):
+        if not alike(both[first], both[other], box_of(first, have[first]), reader):
+            misfits.append(f"{first}, {other}: one tensor in the model, two that differ in the checkpoint")
+        both[other] = both[first]
+    targets.update({name: (stored, have[name]) for name, stored in both.items()})
+    return problems + misfits
+
+
+def optimizer_targets(
+    key: str,
+    owner: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saved: Any,
+    reader: CheckpointReader,
+    targets: dict[str, Target],
+) -> list[str]:
+    """Add the tensors of an optimizer to read into: its own; returns in what it differs."""
+    now = optimizers.state_to_fill(owner, optimizer)
+    problems = optimizers.group_problems(key, saved, now)
+    parameters = optimizers.parameters_of(optimizer, now)
+    have = present(key, now)
+    for name, stored in objects.tensor_names(saved).items():
+        record = reader.manifest.structure.tensors[stored]
+        mine = have.get(name)
+        if mine is None:
+            reader.check_size(stored)
+            mine = optimizers.made_for(name, record, key, parameters)
+        elif tuple(mine.shape) != record.shape:
+            problems += shape_problems(name, mine, stored, reader)
+        elif dtypes.name_of(mine.dtype) != record.dtype:
+            mine = target_for(mine, stored, reader)
+        targets[name] = stored, mine
+    return problems
+
+
+def made_targets(
+    have: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    reader: CheckpointReader,
+    targets: dict[str, Target],
+) -> None:
+    """Add the tensors of anything else to read into: new ones, for it is handed a new state."""
+    made: dict[str, torch.Tensor] = {}
+    for name, stored in names.items():
+        if stored not in made:
+            made[stored] = target_for(have.get(name), stored, reader)
+        targets[name] = stored, made[stored]

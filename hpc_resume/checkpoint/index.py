@@ -24,7 +24,8 @@ from hpc_resume.checkpoint.blocks import (
 )
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
-from hpc_resume.checkpoint.structure import check_shape
+from hpc_resume.checkpoint.fields import listed
+from hpc_resume.checkpoint.structure import MAX_NAME_LENGTH, check_shape
 from hpc_resume.errors import IntegrityError
 from hpc_resume.rundir import is_checkpoint_name
 from hpc_resume.untrusted import brief, check_text, parse_json
@@ -190,10 +191,10 @@ def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
         if len(checksums) % CHECKSUM_BYTES:
             raise IntegrityError("its checksums are cut off")
         record = parse_json(data)
-        files = [(_checkpoint(checkpoint), _file(file)) for checkpoint, file in record["files"]]
+        files = [(_checkpoint(checkpoint), _file(file)) for checkpoint, file in listed(record["files"])]
         if len(files) > MAX_FILES:
             raise IntegrityError(f"it refers to {len(files)} other files")
-        pieces = record["pieces"]
+        pieces = listed(record["pieces"])
         _check_types(pieces)
         entries = []
         blocks = len(checksums) // CHECKSUM_BYTES
@@ -221,20 +222,29 @@ def decode_index(data: bytes, checksums: bytes, *, size_bytes: int) -> Index:
 
 def _check_types(pieces: Any) -> None:
     """Check that rows of an index are made of strings and 64-bit integers: all at once, for there are many."""
-    words: list[Any] = []
+    names: list[Any] = []
+    dtypes: set[Any] = set()
+    lists: list[Any] = []
     numbers: list[Any] = []
     for name, dtype, shape, start, size, runs in pieces:
-        words += (name, dtype)
+        names.append(name)
+        dtypes.add(dtype)
+        lists += (shape, start, size, runs)
+        lists += runs
         numbers += shape
         numbers += start
         numbers += size
         for run in runs:
             numbers += run
-    if not set(map(type, words)) <= {str} or not set(map(type, numbers)) <= {int}:
-        raise TypeError("a row of something else than strings and integers")
+    if not set(map(type, lists)) <= {list} or not set(map(type, numbers)) <= {int}:
+        raise TypeError("a row of something else than lists of integers")
+    if not {*map(type, names), *map(type, dtypes)} <= {str}:
+        raise TypeError("a name or an element type that is no string")
     if numbers and (max(numbers) >= 1 << 63 or min(numbers) <= -1 << 63):
         raise ValueError("a number of more than 64 bits")
-    check_text("".join(words))
+    if names and max(map(len, names)) > MAX_NAME_LENGTH:
+        raise ValueError(f"a name of more than {MAX_NAME_LENGTH} characters")
+    check_text("".join(names))
 
 
 def _check(entry: Entry, files: int, size_bytes: int, blocks: int) -> int:

@@ -192,6 +192,8 @@ class Layout:
         ValueError, TypeError, KeyError
             If it is none, or names a rank that there is not.
         """
+        if not all(isinstance(record[key], list) for key in ("mesh", "ranks", "splits")):
+            raise TypeError("a layout whose mesh, ranks or splits are no list")
         ranks: list[int] = []
         most = world_size if most_ranks is None else min(world_size, most_ranks)
         for first, count in record["ranks"]:

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hpc_resume.checkpoint import dtypes, objects
+from hpc_resume.checkpoint.structure import check_name
 from hpc_resume.errors import IntegrityError, StateError
 
 _SPECIAL = re.compile(r"[%/\0]|^\.$")
@@ -84,10 +85,9 @@ def _name(path: tuple[str, ...]) -> str:
     """Join a path to a tensor's name."""
     name = "/".join(map(escape, path))
     try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise StateError(f"{name!r}: a name that is no Unicode text can't be stored") from error
-    return name
+        return check_name(name)
+    except ValueError as error:
+        raise StateError(f"{name!r:.200}: can't be a tensor's name: {error}") from error
 
 
 def _memory_of(tensor: torch.Tensor) -> Any:
@@ -112,6 +112,15 @@ def escape(component: str) -> str:
     return "%2E" if escaped == "." else escaped
 
 
+def unescape(component: str) -> str:
+    """Give back what :func:`escape` was given."""
+    if component == "%":
+        return ""
+    for code, character in (("%2E", "."), ("%00", "\0"), ("%2F", "/"), ("%25", "%")):
+        component = component.replace(code, character)
+    return component
+
+
 def leaf(tag: str, tensor: torch.Tensor) -> Any:
     """Give a tensor back as what it was.
 
@@ -120,6 +129,11 @@ def leaf(tag: str, tensor: torch.Tensor) -> Any:
     IntegrityError
         If there is no array of its type: then it never was one.
     """
+    if tag == objects.SAVED_TAG:
+        raise StateError(
+            "it holds an object that only torch.save can write, from torch.distributed.checkpoint; a run does not "
+            "unpickle: take the tensors with hr.Checkpoint(…).load_into(…), or load it with hr.DcpReader"
+        )
     try:
         return tensor.numpy() if tag == "$ndarray" else tensor
     except (TypeError, RuntimeError, ValueError) as error:

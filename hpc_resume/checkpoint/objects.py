@@ -26,8 +26,10 @@ TensorNamer = Callable[[Any, tuple[str, ...]], "dict[str, Any] | None"]
 #: Given the tag and name of such a node, returns the tensor.
 TensorGetter = Callable[[str, str], Any]
 
-#: A PyTorch tensor, a NumPy array.
-TENSOR_TAGS = ("$tensor", "$ndarray")
+#: What only ``torch.save`` can write, as its bytes; comes from torch.distributed.checkpoint alone.
+SAVED_TAG = "$saved"
+#: A PyTorch tensor, a NumPy array, and that.
+TENSOR_TAGS = ("$tensor", "$ndarray", SAVED_TAG)
 #: ``[name, stored]``: a tensor that is one with another one, under whose name it is stored.
 SAME_TAG = "$same"
 MAX_DEPTH = 100
@@ -172,7 +174,8 @@ def tensor_names(value: Any) -> dict[str, str]:
                     found[content] = content
                     continue
                 if tag == SAME_TAG:
-                    found[_own_name(content)] = content[1]
+                    own = _own_name(content)
+                    found[own] = content[1]
                     continue
             stack += reversed(node.values())
     return found

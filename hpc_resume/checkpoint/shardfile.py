@@ -21,6 +21,10 @@ Check = tuple[int, int, int]
 
 #: What is read at a time where only a checksum is wanted.
 _STREAM_BYTES = 1 << 20
+#: What a shard may hold besides boxes, index and checksums: HDF5's own records and gaps, several times over. More
+#: would only be there to be read by whoever verifies it; holes in a file cost nothing.
+_MOST_REST_BYTES = 1 << 20
+_MOST_REST_BYTES_PER_BOX = 1 << 14
 
 
 class ShardFile:
@@ -68,6 +72,9 @@ class ShardFile:
             if index_digest(data, table) != record.digest:
                 raise IntegrityError("its index is not what was written (xxh3 differs)")
             index = decode_index(data, table, size_bytes=size_bytes)
+            rest = size_bytes - index.reach.get(0, (0, 0))[1] - len(data) - len(table)
+            if rest > _MOST_REST_BYTES + _MOST_REST_BYTES_PER_BOX * len(index.entries):
+                raise IntegrityError(f"{rest} bytes of it belong to nothing")
             unknown = {checkpoint for checkpoint, _ in index.files} - set(manifest.refers)
             if unknown:
                 raise IntegrityError(f"it refers to {min(unknown)}, of which the manifest does not know")

@@ -20,7 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 from hpc_resume.checkpoint import dtypes, objects, optimizers, witnesses
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.collector import paused_collector
-from hpc_resume.checkpoint.fit import alike, key_problems, shape_problems, target_for, tied
+from hpc_resume.checkpoint.fit import (
+    Target,
+    check_names,
+    key_problems,
+    made_targets,
+    module_targets,
+    optimizer_targets,
+    present,
+)
 from hpc_resume.checkpoint.image import Piece
 from hpc_resume.checkpoint.layout import Layout, spread
 from hpc_resume.checkpoint.leaves import escape, flatten, leaf
@@ -324,26 +332,24 @@ class TrackedState:
             return objects.parse(own.numpy().tobytes())
         return manifest.objects
 
-    def _targets(self, tree: Any, reader: CheckpointReader) -> dict[str, tuple[str, torch.Tensor]]:
+    def _targets(self, tree: Any, reader: CheckpointReader) -> dict[str, Target]:
         """Tensors to read into, by name: each with the name under which it is stored."""
         if not isinstance(tree, dict):
             raise IntegrityError(f"{reader.folder}: its non-tensor state is no mapping")
         problems = key_problems(set(self._items), set(tree))
-        targets: dict[str, tuple[str, torch.Tensor]] = {}
+        targets: dict[str, Target] = {}
         for key in self._items.keys() & tree.keys():
             names = objects.tensor_names(tree[key])
-            _check_names(names, targets, reader)
+            check_names(names, targets, reader)
+            if key in self._owners:
+                owner, item = self._owners[key], self._items[key]
+                problems += optimizer_targets(key, owner, item, tree[key], reader, targets)
+                continue
+            have = present(key, self._state_of(key))
             if key in self._modules:
-                problems += self._module_targets(key, names, reader, targets)
-            elif key in self._owners:
-                problems += self._optimizer_targets(key, tree[key], reader, targets)
+                problems += module_targets(have, names, self._box_of, reader, targets)
             else:
-                have = self._present(key, self._state_of(key))
-                made: dict[str, torch.Tensor] = {}
-                for name, stored in names.items():
-                    if stored not in made:
-                        made[stored] = target_for(have.get(name), stored, reader)
-                    targets[name] = stored, made[stored]
+                made_targets(have, names, reader, targets)
         if problems:
             raise MismatchError(
                 f"{reader.folder}: does not fit the tracked state:\n  "
@@ -352,64 +358,3 @@ class TrackedState:
                 "what fits: hr.Checkpoint(old_run_dir).load_into(model, strict=False)"
             )
         return targets
-
-    def _module_targets(
-        self,
-        key: str,
-        names: Mapping[str, str],
-        reader: CheckpointReader,
-        targets: dict[str, tuple[str, torch.Tensor]],
-    ) -> list[str]:
-        """Add the tensors of a module to read into: its own; returns in what it differs."""
-        have = self._present(key, self._state_of(key))
-        problems = [f"{n}: in the model, not in the checkpoint" for n in sorted(have.keys() - names.keys())]
-        problems += [f"{n}: in the checkpoint, not in the model" for n in sorted(names.keys() - have.keys())]
-        both = {name: stored for name, stored in names.items() if name in have}
-        misfits = [
-            p for name, stored in both.items() for p in shape_problems(name, have[name], stored, reader)
-        ]
-        for first, other in () if misfits else tied(both, have):
-            box = self._box_of(first, have[first])
-            if not alike(both[first], both[other], box, reader):
-                misfits.append(
-                    f"{first}, {other}: one tensor in the model, two that differ in the checkpoint"
-                )
-            both[other] = both[first]
-        targets.update({name: (stored, have[name]) for name, stored in both.items()})
-        return problems + misfits
-
-    def _optimizer_targets(
-        self, key: str, saved: Any, reader: CheckpointReader, targets: dict[str, tuple[str, torch.Tensor]]
-    ) -> list[str]:
-        """Add the tensors of an optimizer to read into: its own; returns in what it differs."""
-        present = optimizers.state_to_fill(self._owners[key], self._items[key])
-        problems = optimizers.group_problems(key, saved, present)
-        parameters = optimizers.parameters_of(self._items[key], present)
-        have = self._present(key, present)
-        for name, stored in objects.tensor_names(saved).items():
-            record = reader.manifest.structure.tensors[stored]
-            mine = have.get(name)
-            if mine is None:
-                reader.check_size(stored)
-                mine = optimizers.made_for(name, record, key, parameters)
-            elif tuple(mine.shape) != record.shape:
-                problems += shape_problems(name, mine, stored, reader)
-            elif dtypes.name_of(mine.dtype) != record.dtype:
-                mine = target_for(mine, stored, reader)
-            targets[name] = stored, mine
-        return problems
-
-    @staticmethod
-    def _present(key: str, state: Any) -> dict[str, torch.Tensor]:
-        """Return the tensors of an item as it is now, by each of their names."""
-        tree, leaves = flatten(key, state)
-        return {name: leaves[stored] for name, stored in objects.tensor_names(tree).items()}
-
-
-def _check_names(names: Mapping[str, str], earlier: Mapping[str, Any], reader: CheckpointReader) -> None:
-    """Check that each tensor of a state is stored, and is not another tracked object's too."""
-    for name, stored in names.items():
-        if stored not in reader.manifest.structure.tensors:
-            raise IntegrityError(f"{reader.folder}: {stored} stands in the state but has no bytes")
-        if name in earlier:
-            raise IntegrityError(f"{reader.folder}: {name} stands in the state twice")

@@ -23,6 +23,7 @@ from hpc_resume.files import JsonObject
 from hpc_resume.untrusted import brief, check_text
 
 MAX_DIMENSIONS = 64
+MAX_NAME_LENGTH = 2048
 #: Bytes of a tensor, not counting dimensions that are empty: PyTorch multiplies these without looking.
 _MAX_TENSOR_BYTES = 1 << 62
 
@@ -231,7 +232,7 @@ class Structure:
             room -= len(layouts[-1].ranks)
         tensors = {}
         for name, entry in record["tensors"].items():
-            check_text(name)
+            check_name(name)
             shape = integers(entry["shape"])
             dtype = string(entry["dtype"])
             if "layout" in entry:
@@ -312,6 +313,13 @@ def string(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{brief(value)} is no string")
     return check_text(value)
+
+
+def check_name(name: Any) -> str:
+    """Return a tensor's name as it is; a ValueError if there can be none."""
+    if len(string(name)) > MAX_NAME_LENGTH:
+        raise ValueError(f"{brief(name)}: a name of {len(name)} characters, more than {MAX_NAME_LENGTH}")
+    return str(name)
 
 
 @lru_cache(maxsize=1 << 14)

@@ -16,7 +16,7 @@ from hpc_resume.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from hpc_resume.checkpoint.shardfile import Check, ShardFile
 from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.journal import read_events
-from hpc_resume.records import check_records, configuration_path
+from hpc_resume.records import check_records, configuration_path, has_configuration
 from hpc_resume.rundir import RunDirectory
 
 #: Boxes that are promised and missing are told one by one up to this many a shard.
@@ -89,7 +89,7 @@ def verify_run(root: Path, *, threads: int = 2, progress: Progress | None = None
             continue
         if run_id is not None and manifest.run_id != run_id:
             findings.append(Finding(path=folder / MANIFEST, problem=f"belongs to run {manifest.run_id}"))
-        if manifest.config is not None and not configuration_path(run, manifest.config).is_file():
+        if manifest.config is not None and not has_configuration(run, manifest.config):
             gone = configuration_path(run, manifest.config)
             findings.append(Finding(path=gone, problem=f"is gone; {name} was written with it"))
         whole.append((folder, manifest))

@@ -88,7 +88,9 @@ def describe(name: str, manifest: Manifest) -> JsonObject:
                 "shape": list(record.shape),
                 "dtype": record.dtype,
                 "size_bytes": record.size_bytes,
-                "ranks": len(record.layout.ranks if record.layout is not None else record.pieces),
+                "ranks": len(
+                    record.layout.ranks if record.layout is not None else {r for r, _ in record.pieces}
+                ),
             }
             for tensor, record in manifest.tensors.items()
         },

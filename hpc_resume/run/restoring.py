@@ -134,8 +134,10 @@ def _try(
         manifest = read_manifest(folder)
         with CheckpointReader(folder, manifest) as reader:
             state.restore(reader)
-            if manifest.world_size == world_size and rank not in manifest.missing_ranks:
-                generators.restore(state.private(reader, rank))
+            same = manifest.world_size == world_size and rank not in manifest.missing_ranks
+            own = state.private(reader, rank) if same else {}
+            if "rng/torch" in own:  # what other tools wrote, or was imported, has none
+                generators.restore(own)
             else:
                 generators.seed_all(seed, manifest.step, rank)
     except IntegrityError as error:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpc_resume.checkpoint import store
 from hpc_resume.checkpoint.commit import claim_attempt
+from hpc_resume.checkpoint.manifest import read_manifest
 from hpc_resume.checkpoint.reader import CheckpointReader
 from hpc_resume.checkpoint.receipt import Header
 from hpc_resume.checkpoint.snapshot import Camera
@@ -23,6 +24,7 @@ from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.checkpoint.verify import verify_run
 from hpc_resume.errors import MismatchError, StateError
 from hpc_resume.rundir import RunDirectory
+from tests.commits import commit_state
 from tests.ranks import run_ranks
 
 
@@ -233,3 +235,22 @@ def test_an_untracked_model_of_an_optimizer_is_refused():
 def test_ordered_dicts_stay_what_they_are():
     state = TrackedState({"meta": {"a": OrderedDict(x=1)}}, rank=0, world_size=1)
     assert state.capture({}).objects == {"meta": {"a": {"$ordereddict": [["x", 1]]}}}
+
+
+def test_a_parameter_that_never_had_a_gradient_has_no_optimizer_state(tmp_path):
+    def made():
+        net = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "unused": torch.nn.Linear(2, 2)})
+        return net, torch.optim.AdamW(net.parameters())
+
+    net, optimizer = made()
+    net["used"](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    folder = commit_state(tmp_path, model=net, optimizer=optimizer)
+    other, restored = made()
+    state = TrackedState({"model": other, "optimizer": restored}, rank=0, world_size=1)
+    with CheckpointReader(folder, read_manifest(folder)) as reader:
+        state.restore(reader)
+    assert [len(s) for s in restored.state.values()] == [3, 3]
+    before, after = optimizer.state_dict()["state"], restored.state_dict()["state"]
+    assert before.keys() == after.keys()
+    assert torch.equal(before[0]["exp_avg"], after[0]["exp_avg"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.checkpoint.structure import Structure, TensorRecord
 from hpc_resume.journal import Journal
 from hpc_resume.run import generators
-from hpc_resume.rundir import RunDirectory
+from hpc_resume.rundir import RunDirectory, sealed
 
 RANKS = 2
 #: Steps of the full checkpoint and of the one that refers to it.
@@ -73,14 +72,8 @@ class Writer:
         ]
         self._cameras = [Camera() for _ in range(ranks)]
         self._pieces: dict[int, tuple[Piece, ...]] = {}
-        record = {
-            "attempt": attempt,
-            "job_id": "1",
-            "world_size": ranks,
-            "nodes": ["node0"],
-            "started": 1.7e9,
-        }
-        (self.run.attempt(attempt) / "attempt.json").write_text(json.dumps(record))
+        record = {"schema": 2, "attempt": attempt, "job_id": "1", "world_size": ranks, "started": 1.7e9}
+        (self.run.attempt(attempt) / "attempt.json").write_bytes(sealed(record))
         journal = Journal(self.run.attempt(attempt) / "events.jsonl", clock=lambda: 1.7e9)
         journal.event("fresh", step=0)
         journal.close()
@@ -121,7 +114,7 @@ class Writer:
         for name, record in structure.tensors.items():
             layout = everybody
             if len(record.shape) == 2:
-                layout = layouts[name.startswith("optimizer")]
+                layout = layouts[name.startswith("optimizer") or "columns" in name]
             records[name] = TensorRecord(record.shape, record.dtype, layout)
         return Structure(records)
 
