@@ -207,7 +207,7 @@ def _journals(run: RunDirectory) -> Iterator[Finding]:
 
 
 def _missing(run: RunDirectory) -> Iterator[Finding]:
-    """Find checkpoints that the run committed and that are neither there nor in quarantine.
+    """Find checkpoints that the run committed and that are neither there nor put aside on purpose.
 
     The journal names each one when it is committed; manifests name their parents.
     """
@@ -215,6 +215,8 @@ def _missing(run: RunDirectory) -> Iterator[Finding]:
     aside = (
         {path.name.split(".")[0] for path in run.quarantine.glob("*-*")} if run.quarantine.is_dir() else set()
     )
+    if run.pruned.is_dir():
+        aside |= {path.stem for path in run.pruned.glob("*.json")}
     for attempt in run.attempt_numbers():
         for event in read_events(run.attempt(attempt) / "events.jsonl"):
             name = event.get("checkpoint")
