@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from hpc_resume.checkpoint.manifest import MODEL
 from hpc_resume.files import JsonObject
+from hpc_resume.policy.retention import RetentionPlan
 from hpc_resume.report.checkpoints import CheckpointSummary
 from hpc_resume.report.status import AttemptStatus, RunStatus
+from hpc_resume.rundir import checkpoint_step
 from hpc_resume.untrusted import printable
 
 #: Causes in words; what is not here is its own word.
@@ -88,6 +90,27 @@ def checkpoint_table(title: str, checkpoints: Sequence[CheckpointSummary]) -> Ta
         rows=tuple(_checkpoint_row(each) for each in checkpoints),
         note="\n".join(
             f"step {each.step}: {_model_only(each.note)}" for each in checkpoints if _partial(each)
+        ),
+    )
+
+
+def pruning_table(plan: RetentionPlan, *, done: bool) -> Table:
+    """Show what is kept of a run's checkpoints, and why, and what is not; newest first."""
+    removed = dict.fromkeys(plan.remove, "deleted" if done else "to be deleted")
+    rows = sorted({**plan.keep, **removed}.items(), key=lambda row: checkpoint_step(row[0]), reverse=True)
+    many = _count(len(plan.remove), "checkpoint")
+    return Table(
+        title=f"{many} deleted" if done else f"{many} to be deleted, {len(plan.keep)} kept",
+        columns=("step", "checkpoint", "", "why"),
+        right=("step",),
+        rows=tuple(
+            (
+                str(checkpoint_step(name)),
+                name,
+                "keep" if name in plan.keep else why,
+                why if name in plan.keep else "",
+            )
+            for name, why in rows
         ),
     )
 

@@ -206,6 +206,14 @@ class Faulty(Filesystem):
 
     # ------------------------------------------------------------ power cuts
 
+    def sync_all(self) -> None:
+        """Take everything that is there for durable."""
+        for folder in (self.base, *(path for path in self.base.rglob("*") if path.is_dir())):
+            self._names[self._id(folder)] = {inner.name: self._id(inner) for inner in folder.iterdir()}
+            self._bytes.update(
+                {self._id(inner): inner.read_bytes() for inner in folder.iterdir() if inner.is_file()}
+            )
+
     @property
     def unsynced(self) -> bool:
         """Whether there are bytes that a power cut takes although their file is there."""
