@@ -204,6 +204,8 @@ def _dots(path: tuple[Any, ...]) -> str:
 def manifest_lies(record: Any) -> Iterator[tuple[str, bytes]]:
     """Bodies of manifests, each with one lie in one place."""
     for path in MANIFEST_FIELDS:
+        if path == ("refers", 0) and not record["refers"]:
+            continue
         for what, text in LIES.items():
             yield f"{_dots(path)}={what}", lie_text(record, path, text)[1:] + b"\n"
     for what, text in LIES.items():
