@@ -277,6 +277,46 @@ def import_(source: Path, into: Path, key: str | None, step: int, name: str | No
 
 @main.command()
 @_run
+@click.option("--keep", type=click.IntRange(min=1), required=True, help="How many of the newest full ones.")
+@click.option(
+    "--every",
+    "every_steps",
+    type=click.IntRange(min=1),
+    metavar="STEPS",
+    help="And those of every k-th step.",
+)
+@click.option("--pin", "pinned", type=int, multiple=True, metavar="STEP", help="And the one of this step.")
+@click.option("--apply", "do_it", is_flag=True, help="Delete; without it, what would be is only said.")
+@_as_json
+def prune(
+    run: Path, keep: int, every_steps: int | None, pinned: Sequence[int], do_it: bool, as_json: bool
+) -> None:
+    """Delete old checkpoints, except what those that are kept refer to."""
+    from hpc_resume.checkpoint.prune import apply_pruning, plan_pruning
+    from hpc_resume.report.status import status as read_status
+    from hpc_resume.report.tables import pruning_table
+    from hpc_resume.rundir import RunDirectory
+
+    found = read_status(run)
+    if do_it and found.state == "running":
+        raise UsageError(
+            f"{run}: an attempt is alive ({found.why}), and may need what would be deleted: nothing was; "
+            "prune when it has ended"
+        )
+    directory = RunDirectory(run)
+    plan = plan_pruning(directory, keep=keep, every_steps=every_steps, pinned_steps=pinned)
+    if do_it:
+        apply_pruning(directory, plan)
+    if as_json:
+        _print_json({"removed" if do_it else "would_remove": list(plan.remove), "keep": dict(plan.keep)})
+    else:
+        _print_table(pruning_table(plan, done=do_it))
+    if plan.remove and not do_it:
+        click.echo("nothing was deleted; do it with --apply", err=True)
+
+
+@main.command()
+@_run
 def cancel(run: Path) -> None:
     """End a run's job for good; its ranks may save first."""
     from hpc_resume.job import Job

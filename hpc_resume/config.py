@@ -152,12 +152,13 @@ class CheckpointSettings(_Settings):
     asynchronous: bool = True
     """Periodic checkpoints are copied aside and written while training goes on."""
     host_memory_gb: Annotated[float, Field(ge=0)] | None = None
-    """What the copy of one rank may take; without it, a quarter of the node's free memory for all ranks. A
-    state that needs more is written while training waits."""
+    """For the copy of one rank, else a quarter of the node's for all; a larger state makes training wait."""
     direct: bool = True
     """Write past the page cache (O_DIRECT) where the filesystem can."""
     longest_chain: Annotated[int, Field(ge=0)] = 8
     """How many older checkpoints one may refer to for bytes that have not changed; 0: each one is whole."""
+    dead_after_s: Seconds = 30.0
+    """A rank whose part of the last save comes this long after another's counts as dead: others write it."""
 
 
 class StopSettings(_Settings):

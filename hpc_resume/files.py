@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ class Filesystem:
         """Move a file or folder; replaces a file that is there."""
         os.rename(source, target)  # noqa: PTH104 - the system call itself is what matters here
 
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name; unlike a rename, this never replaces."""
+        os.link(source, target)
+
     def mkdir(self, path: Path) -> None:
         """Make one folder; fails if it exists."""
         os.mkdir(path)  # noqa: PTH102 - as above
@@ -63,6 +68,26 @@ class Filesystem:
         finally:
             os.close(fd)
 
+    def make_dirs(self, path: Path) -> None:
+        """Make a folder and those above it, as far as they are not there; durable on return."""
+        if not path.is_dir():
+            self.make_dirs(path.parent)
+            with contextlib.suppress(FileExistsError):  # somebody was faster
+                self.mkdir(path)
+            self.fsync_dir(path.parent)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a folder and all that is in it, as far as the filesystem lets us."""
+        with contextlib.suppress(OSError):
+            for name in self.listdir(path):
+                inner = path / name
+                if inner.is_dir() and not inner.is_symlink():
+                    self.remove_tree(inner)
+                else:
+                    with contextlib.suppress(OSError):
+                        self.unlink(inner)
+            self.rmdir(path)
+
     def write_all(self, fd: int, data: memoryview | bytes, offset: int) -> None:
         """Write all bytes at an offset, however many calls it takes."""
         view = memoryview(data).cast("B")
@@ -77,15 +102,42 @@ class Filesystem:
 
         A temporary name beside it carries the process id, so that two writers never share one.
         """
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        try:
+        with self.replacing(path, os.O_WRONLY) as fd:
             self.write_all(fd, data, 0)
-            self.fsync(fd)
-        finally:
-            self.close(fd)
-        self.rename(temporary, path)
-        self.fsync_dir(path.parent)
+
+    @contextlib.contextmanager
+    def replacing(
+        self, path: Path, flags: int, open_file: Callable[[Path, int], int] | None = None
+    ) -> Iterator[int]:
+        """Write a file under a temporary name; on leaving it is made durable, and then ``path``.
+
+        A failure removes the temporary file if the filesystem lets us, and its message names the file.
+
+        Parameters
+        ----------
+        path
+            What it becomes.
+        flags
+            Of ``open``, besides those that create.
+        open_file
+            Opens it, if not :meth:`open`.
+        """
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            fd = (open_file or self.open)(temporary, flags | os.O_CREAT | os.O_TRUNC)
+            try:
+                yield fd
+                self.fsync(fd)
+            finally:
+                self.close(fd)
+            self.rename(temporary, path)
+            self.fsync_dir(path.parent)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                self.unlink(temporary)
+            if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+                error.filename = str(path)  # what fails on a descriptor does not know its name
+            raise
 
 
 #: The real one.
@@ -95,3 +147,23 @@ DISK = Filesystem()
 Clock = Callable[[], float]
 
 JsonObject = dict[str, Any]
+
+
+def append_whole(fd: int, data: bytes) -> None:
+    """Append to a file that only this process writes: all of it, or nothing.
+
+    Raises
+    ------
+    OSError
+        If it can't be; what was written of it is taken back.
+    """
+    size_bytes = os.fstat(fd).st_size
+    written = 0
+    try:
+        while written < len(data):
+            written += os.write(fd, data[written:])
+    except OSError:
+        if written:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, size_bytes)
+        raise

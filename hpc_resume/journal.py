@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,19 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from hpc_resume.errors import IntegrityError
+from hpc_resume.files import append_whole
 from hpc_resume.untrusted import read_regular
 
 #: A longer journal is none; one event takes some hundred bytes.
 _LONGEST_BYTES = 1 << 28
 _CHECKSUM = "#"  # no name that a keyword argument could have
 _SEALED = re.compile(rb'(.*), "#": "([0-9a-f]{8})"\}', re.DOTALL)
+#: Of lines that could not be written, so many bytes are kept to be written later.
+_KEPT_BYTES = 1 << 20
 
 
 class Journal:
     """Appends events to ``events.jsonl``; one process writes it, anyone reads it.
 
     Each event is one ``write`` to a file opened with ``O_APPEND``: a process that dies leaves whole lines
-    behind, and at most one torn line at the end, which :func:`read_events` passes over.
+    behind, and at most one torn line at the end, which :func:`read_events` passes over. A full disk ends no
+    training: what can't be written is said aloud, kept, and written with a later event.
 
     Parameters
     ----------
@@ -44,6 +49,7 @@ class Journal:
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.path = path
         self._clock = clock
+        self._kept = b""
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def event(self, kind: str, /, *, durable: bool = False, **fields: Any) -> None:
@@ -58,9 +64,17 @@ class Journal:
         **fields
             JSON values.
         """
-        os.write(self._fd, write_line({"t": round(self._clock(), 3), "event": kind, **fields}))
-        if durable:
-            os.fsync(self._fd)
+        line = write_line({"t": round(self._clock(), 3), "event": kind, **fields})
+        data = self._kept + line
+        try:
+            append_whole(self._fd, data)
+            self._kept = b""
+            if durable:
+                os.fsync(self._fd)
+        except OSError as error:
+            if not self._kept:
+                sys.stderr.write(f"hpc_resume: {self.path}: can't be written ({error}); trying again later\n")
+            self._kept = data if len(data) < _KEPT_BYTES else self._kept
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""

@@ -10,10 +10,12 @@
         staging/0000012000/        a checkpoint that is being written; moved away when committed
       checkpoints/0000012000-3f9a1c2e/   manifest.json, rank-00000-of-00004.h5: committed, immutable
       quarantine/                  what failed verification, kept with the reason
+      pruned/                      a note of each checkpoint that was deleted on purpose
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -71,6 +73,11 @@ class RunDirectory:
         """Folder of resolved configurations."""
         return self.root / "configs"
 
+    @property
+    def pruned(self) -> Path:
+        """Folder of what was deleted on purpose: a note of each, and what is just being removed."""
+        return self.root / "pruned"
+
     def attempt(self, number: int) -> Path:
         """Folder of one attempt."""
         return self.attempts / f"{number:04d}"
@@ -94,7 +101,7 @@ class RunDirectory:
         """
         try:
             for folder in (self.attempts, self.checkpoints, self.quarantine, self.configs):
-                folder.mkdir(parents=True, exist_ok=True)
+                fs.make_dirs(folder)
         except OSError as error:
             raise UsageError(
                 f"{self.root}: can't be made a run directory ({error.strerror}: {error.filename}); "
@@ -103,13 +110,14 @@ class RunDirectory:
         if not self.identity_path.exists():
             identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "name": name, "created": clock()}
             draft = self.root / f".run.json.{uuid.uuid4().hex}"
-            fs.write_file(draft, sealed(identity))
             try:
-                os.link(draft, self.identity_path)  # unlike a rename, a link never replaces
+                fs.write_file(draft, sealed(identity))
+                fs.link(draft, self.identity_path)
             except FileExistsError:
-                pass
+                pass  # somebody was faster
             finally:
-                draft.unlink()
+                with contextlib.suppress(OSError):
+                    fs.unlink(draft)
             fs.fsync_dir(self.root)
         return self.identity()
 

@@ -233,7 +233,7 @@ def test_script_prints_a_script_and_nothing_else(here):
 
 def test_every_verb_says_what_it_does():
     names = set(cli.main.commands)
-    assert names >= {"submit", "script", "status", "ls", "verify", "show", "cancel"}
+    assert names >= {"submit", "script", "status", "ls", "verify", "show", "prune", "cancel"}
     listed = call("--help").stdout
     for name in names:
         assert f"\n  {name} " in listed
@@ -267,17 +267,18 @@ def test_importing_the_package_and_asking_for_help_load_nothing_heavy(finished, 
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        (["status"], 0), (["ls"], 0), (["show"], 3), (["verify"], 3), (["cancel"], 3), (["script", "--", "true"], 0),
+        (["status"], 0), (["ls"], 0), (["show"], 3), (["verify"], 3), (["cancel"], 3),
+        (["prune", "RUN", "--keep", "1"], 0), (["script", "--", "true"], 0),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
 def test_no_verb_that_needs_no_tensors_loads_torch(finished, tmp_path, words, code):
-    given = words if "--" in words else [*words, "RUN"]
+    given = words if "--" in words or "RUN" in words else [*words, "RUN"]
     call_it = f"words = [run if word == 'RUN' else word for word in {given}]\n"
     call_it += f"got = CliRunner().invoke(cli.main, words)\nassert got.exit_code == {code}, got.output"
     heavy = loaded(call_it, finished, tmp_path)
     assert "torch" not in heavy
-    if words[0] in {"status", "ls", "show", "verify"}:
+    if words[0] in {"status", "ls", "show", "verify", "prune"}:
         assert not {"submitit", "h5py", "pydantic"} & set(heavy)
 
 

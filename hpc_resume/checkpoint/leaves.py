@@ -51,11 +51,7 @@ def flatten(key: str, state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
             tag, tensor = "$ndarray", torch.from_numpy(np.ascontiguousarray(value))
         else:
             return None
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise StateError(f"{'/'.join(path)}: a tensor of layout {tensor.layout} can't be stored")
-        if tensor.is_meta:
-            raise StateError(f"{'/'.join(path)}: a tensor on the meta device has no values to store")
-        dtypes.name_of(tensor.dtype)
+        _check(path, tensor)
         name = _name(path)
         if name in names:
             raise StateError(f"{name}: two entries of the state have this name")
@@ -68,6 +64,21 @@ def flatten(key: str, state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         return {tag: name}
 
     return objects.encode(state, (key,), name_tensor), leaves
+
+
+def _check(path: tuple[str, ...], tensor: torch.Tensor) -> None:
+    """Refuse a tensor whose bytes are not simply its values."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise StateError(
+            f"{'/'.join(path)}: a tensor of type {type(local).__qualname__} can't be stored: what is in it is its "
+            "own affair. Plain tensors and DTensors can; with FSDP, use fully_shard"
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise StateError(f"{'/'.join(path)}: a tensor of layout {tensor.layout} can't be stored")
+    if tensor.is_meta:
+        raise StateError(f"{'/'.join(path)}: a tensor on the meta device has no values to store")
+    dtypes.name_of(tensor.dtype)
 
 
 def _name(path: tuple[str, ...]) -> str:

@@ -16,7 +16,8 @@ def layout_of(name: str, tensor: DTensor, rank: int, *, check: bool = True) -> L
     """Say how a DTensor is spread over ranks.
 
     ``_StridedShard`` (FSDP2 over tensor parallelism) means that its mesh dimension splits after the later ones
-    that split the same tensor dimension into ``split_factor`` parts.
+    that split the same tensor dimension into ``split_factor`` parts. Where that does not come out even, a DTensor
+    can say something else of itself than FSDP2 lets it hold; what it holds counts.
 
     Parameters
     ----------

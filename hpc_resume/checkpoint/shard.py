@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import fcntl
 import mmap
 import os
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,8 @@ Bytes = npt.NDArray[np.uint8]
 CHUNK_BYTES = 8 << 20
 #: Smaller files go through the page cache: O_DIRECT has nothing to win there.
 _DIRECT_FROM_BYTES = 1 << 20
+#: What a filesystem says that knows no O_DIRECT.
+_NOT_DIRECT = frozenset({errno.EINVAL, errno.ENOTSUP})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,16 +150,11 @@ class ShardWriter:
         OSError
             If the filesystem refuses; ``path`` then does not exist.
         """
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        fd = self._open(temporary, image.size_bytes)
-        try:
+        direct = self._direct and image.size_bytes >= _DIRECT_FROM_BYTES
+        opener = self._open_direct if direct else None
+        with self._fs.replacing(path, os.O_RDWR, opener) as fd:
             table = self._fill(fd, image, data, cuts, table, arena)
             self._fs.truncate(fd, image.size_bytes)
-            self._fs.fsync(fd)
-        finally:
-            self._fs.close(fd)
-        self._fs.rename(temporary, path)
-        self._fs.fsync_dir(path.parent)
         return WrittenShard(
             size_bytes=image.size_bytes,
             index=image.index,
@@ -208,19 +207,27 @@ class ShardWriter:
             self._write_chunk(fd, contents, chunk, arena)
         return table
 
-    def _run(self, function: object, jobs: Iterable[object]) -> None:
-        """Run jobs on the threads; the first error ends it."""
-        for _ in self._pool.map(function, jobs):  # type: ignore[arg-type]
-            pass
+    def _run(self, function: Callable[[Any], None], jobs: Iterable[object]) -> None:
+        """Run jobs on the threads; the first error ends it.
 
-    def _open(self, path: Path, size_bytes: int) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
-        if self._direct and size_bytes >= _DIRECT_FROM_BYTES:
-            try:
-                return self._fs.open(path, flags | os.O_DIRECT)
-            except OSError as error:
-                if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
-                    raise
+        On return none is running any more: the caller is going to close the file, and a late write would go
+        to whatever has its number next.
+        """
+        futures = [self._pool.submit(function, job) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            concurrent.futures.wait(futures)
+
+    def _open_direct(self, path: Path, flags: int) -> int:
+        try:
+            return self._fs.open(path, flags | os.O_DIRECT)
+        except OSError as error:
+            if error.errno not in _NOT_DIRECT:
+                raise
         return self._fs.open(path, flags)
 
     def _write_chunk(self, fd: int, contents: _Contents, chunk: tuple[int, int], arena: Bytes | None) -> None:
@@ -234,11 +241,11 @@ class ShardWriter:
         try:
             self._fs.write_all(fd, buffer.data, begin)
         except OSError as error:
-            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-            if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+            if error.errno not in _NOT_DIRECT:
                 raise
-            # Opened so, but not written so (or what was left after a short write is not aligned).
-            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            # Opened so, but not written so (or what was left after a short write is not aligned). Another
+            # thread may have been here already.
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
             self._fs.write_all(fd, buffer.data, begin)
 
     def _buffer(self) -> Bytes:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import time
 from pathlib import Path
 
 from hpc_resume.checkpoint.changes import Base, Changes
-from hpc_resume.checkpoint.commit import STAGING, finish_commit, read_receipts
+from hpc_resume.checkpoint.commit import (
+    RECEIPTS,
+    SHARDS,
+    STAGING,
+    committed_by,
+    finish_commit,
+    make_durable,
+    ranks_with_receipts,
+)
 from hpc_resume.checkpoint.image import Image, Piece
 from hpc_resume.checkpoint.index import MAX_FILES, shard_file
-from hpc_resume.checkpoint.manifest import ShardRecord, read_manifest
+from hpc_resume.checkpoint.manifest import MANIFEST, ShardRecord
 from hpc_resume.checkpoint.receipt import Header, Receipt, carries_structure, objects_digest
 from hpc_resume.checkpoint.shard import ShardWriter, WrittenShard
 from hpc_resume.checkpoint.snapshot import Snapshot
 from hpc_resume.errors import FencedError, IntegrityError
 from hpc_resume.files import DISK, Clock, Filesystem
 from hpc_resume.policy.saving import Estimate, Looking, refer_to_older
-from hpc_resume.rundir import RunDirectory, checkpoint_step
+from hpc_resume.rundir import RunDirectory
+
+#: How a path says that it is gone: missing, or on NFS stale.
+_GONE = frozenset({errno.ENOENT, errno.ESTALE})
 
 
 class Staging:
@@ -62,6 +75,7 @@ class Staging:
         self._clock = clock
         self._writer = ShardWriter(threads=threads, fs=fs, direct=direct)
         self._written: dict[int, tuple[str, tuple[Piece, ...], Image, bytes]] = {}
+        self._discarded: dict[int, int] = {}
         self._base: Base | None = None
         self._looking = Looking()
         #: What saves were measured to cost, for the next one.
@@ -74,8 +88,10 @@ class Staging:
         self._writer.close()
 
     def folder(self, step: int) -> Path:
-        """Staging folder of one checkpoint."""
-        return self._run.attempt(self._attempt) / STAGING / f"{step:010d}"
+        """Staging folder of one checkpoint; a step that is tried once more gets a new one."""
+        turn = self._discarded.get(step, 0)
+        name = f"{step:010d}" if turn == 0 else f"{step:010d}.{turn}"
+        return self._run.attempt(self._attempt) / STAGING / name
 
     def write(
         self, header: Header, snapshot: Snapshot, *, rank: int | None = None, only_changed: bool = False
@@ -96,7 +112,8 @@ class Staging:
         Returns
         -------
         Receipt or None
-            None if the checkpoint was committed without this rank, which was slow and counted as dead.
+            None if the others go on without this rank, which was slow and counted as dead: the checkpoint
+            is committed, or somebody is just doing it.
 
         Raises
         ------
@@ -109,16 +126,15 @@ class Staging:
         by = self._rank
         rank = by if rank is None else rank
         try:
-            for path in (folder, folder / "shards", folder / "receipts"):
-                try:
-                    self._fs.mkdir(path)
-                except FileExistsError:
-                    continue  # another rank was first
+            self._make(folder)
+            if self._make(folder / SHARDS) and self.committed_name(header.step) is not None:
+                self._fs.remove_tree(folder)  # made again after the commit
+                return None
+            self._make(folder / RECEIPTS)
             begun = self._clock()
             file = shard_file(rank, header.world_size, by=None if rank == by else by)
-            path = folder / "shards" / file
-            written, image, written_bytes = self._write_shard(
-                path, snapshot, own=rank == by, only_changed=only_changed
+            written, image, written_bytes, look_s = self._write_shard(
+                folder / SHARDS / file, snapshot, own=rank == by, only_changed=only_changed
             )
             created = self._clock()
             receipt = Receipt(
@@ -143,32 +159,56 @@ class Staging:
                 witnesses=snapshot.witnesses,
                 state_bytes=snapshot.size_bytes,
                 written_bytes=written_bytes,
-                write_s=round(created - begun, 4),
+                write_s=round(created - begun - look_s, 4),
             )
-            self._fs.write_file(folder / "receipts" / receipt.file, receipt.to_bytes())
-        except FileNotFoundError as error:
-            if self._own_commit(header.step) is not None:
-                return None
-            raise self._fenced(header.step) from error
-        self.estimate.add(written_bytes=written_bytes, write_s=created - begun, whole_s=self._clock() - begun)
+            self._fs.write_file(folder / RECEIPTS / receipt.file, receipt.to_bytes())
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            if self.committed_name(header.step) is None:
+                self._check_owner(header.step, error)
+                if error.errno != errno.ENOENT:
+                    raise
+            return None
+        self.estimate.add(
+            written_bytes=written_bytes,
+            state_bytes=snapshot.size_bytes,
+            write_s=created - begun - look_s,
+            whole_s=self._clock() - begun - look_s,
+            look_s=look_s,
+        )
         if rank == by:
             self._written[header.step] = (file, snapshot.pieces, image, written.checksums)
         return receipt
 
+    def _make(self, path: Path) -> bool:
+        """Make a folder; False if another rank was first."""
+        try:
+            self._fs.mkdir(path)
+        except FileExistsError:
+            return False
+        return True
+
     def _write_shard(
         self, path: Path, snapshot: Snapshot, *, own: bool, only_changed: bool
-    ) -> tuple[WrittenShard, Image, int]:
-        """Write the whole shard, or what has changed of it; returns how many bytes of tensors were written."""
+    ) -> tuple[WrittenShard, Image, int, float]:
+        """Write the whole shard, or what has changed of it.
+
+        Returns how many bytes of tensors were written, too, and how long it took to find out which.
+        """
         arena = None
         if snapshot.arena is not None:
             snapshot.arena.wait()
             arena = snapshot.arena.bytes
         table = None
+        look_s = 0.0
         base = self._base
         look = only_changed or (self._longest_chain > 0 and base is not None and self._looking.due())
         if own and look and base is not None and base.pieces is snapshot.pieces:
+            begun = self._clock()
             changes = Changes.since(base, self._writer, snapshot.data, snapshot.cuts)
             table = changes.checksums
+            look_s = self._clock() - begun
             self.last_changed_bytes = changes.changed_bytes
             worthwhile = only_changed or refer_to_older(
                 changed_bytes=changes.changed_bytes,
@@ -180,11 +220,12 @@ class Staging:
             self._looking.found(worthwhile=changes.changed_bytes < changes.total_bytes // 2)
             if worthwhile:
                 image, data = changes.shard(snapshot.data, snapshot.cuts)
-                return self._writer.write(path, image, data, table=table), image, changes.changed_bytes
+                written = self._writer.write(path, image, data, table=table)
+                return written, image, changes.changed_bytes, look_s
         written = self._writer.write(
             path, snapshot.image, snapshot.data, cuts=snapshot.cuts, table=table, arena=arena
         )
-        return written, snapshot.image, snapshot.size_bytes
+        return written, snapshot.image, snapshot.size_bytes, look_s
 
     def committed(self, step: int, name: str) -> None:
         """Take note that a checkpoint is committed: the next ones may refer to this rank's shard of it."""
@@ -193,7 +234,26 @@ class Staging:
         written = self._written.pop(step, None)
         if written is not None and self._longest_chain > 0:
             file, pieces, image, checksums = written
-            self._base = Base(checkpoint=name, file=file, pieces=pieces, image=image, checksums=checksums)
+            # It may have been committed with what another rank wrote in our stead.
+            if (self._run.checkpoints / name / file).exists():
+                self._base = Base(checkpoint=name, file=file, pieces=pieces, image=image, checksums=checksums)
+
+    def discard(self, step: int) -> None:
+        """Remove what this rank has staged for a checkpoint that has failed; the last one removes the rest."""
+        self._written.pop(step, None)
+        folder = self.folder(step)
+        ours = (f"rank-{self._rank:05d}-of-", f"{self._rank:05d}.")
+        left = 0
+        for place in (folder / SHARDS, folder / RECEIPTS):
+            with contextlib.suppress(OSError):
+                for name in self._fs.listdir(place):
+                    if name.startswith(ours) or f".by-{self._rank:05d}." in name:
+                        self._fs.unlink(place / name)
+                    elif name != MANIFEST:
+                        left += 1
+        if not left:
+            self._fs.remove_tree(folder)
+        self._discarded[step] = self._discarded.get(step, 0) + 1
 
     def missing(self, step: int) -> list[int]:
         """Ranks of a staged checkpoint without a receipt; none if it is committed already.
@@ -202,25 +262,38 @@ class Staging:
         ------
         FencedError
             If a later attempt owns the run.
+        IntegrityError
+            If it is gone without having been committed.
         """
+        folder = self.folder(step)
         try:
-            receipts = read_receipts(self.folder(step), self._fs)
-        except FileNotFoundError as error:
-            if self._own_commit(step) is not None:
+            receipts = ranks_with_receipts(folder, self._fs)
+            if not receipts:
+                return [self._rank]
+            first = Receipt.read(folder / RECEIPTS / next(iter(receipts.values())))
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            if self.committed_name(step) is not None:
                 return []
-            raise self._fenced(step) from error
-        if not receipts:
-            return [self._rank]
-        world_size = next(iter(receipts.values())).header.world_size
-        return sorted(set(range(world_size)) - receipts.keys())
+            self._check_owner(step, error)
+            raise IntegrityError(f"{folder}: is gone, and was not committed") from error
+        return sorted(set(range(first.header.world_size)) - receipts.keys())
 
-    def commit(self, step: int) -> str:
+    def commit(self, step: int, *, take_over: bool = False) -> str | None:
         """Commit a checkpoint whose receipts are all there.
+
+        Parameters
+        ----------
+        step
+            Of the checkpoint.
+        take_over
+            Also if another rank has begun to: it seems to have died.
 
         Returns
         -------
-        str
-            Its name.
+        str or None
+            Its name; None if another rank is just committing it.
 
         Raises
         ------
@@ -228,31 +301,35 @@ class Staging:
             If a later attempt owns the run; it finishes the commit in our stead.
         IntegrityError
             If the receipts do not belong together.
+        OSError
+            If the filesystem refuses.
         """
         try:
-            return finish_commit(self._run, self.folder(step), fs=self._fs)
-        except FileNotFoundError as error:
-            name = self._own_commit(step)
-            if name is None:
-                raise self._fenced(step) from error
-            return name  # another rank was faster
+            return finish_commit(self._run, self.folder(step), take_over=take_over, fs=self._fs)
+        except (OSError, IntegrityError) as error:
+            gone = isinstance(error, OSError) and error.errno in _GONE
+            if not gone and not isinstance(error, IntegrityError):
+                raise
+            name = self.committed_name(step)
+            if name is not None:  # another rank was faster
+                make_durable(self._run, name, self._fs)
+                return name
+            self._check_owner(step, error)
+            if not gone:
+                raise
+            return None
 
-    def _own_commit(self, step: int) -> str | None:
+    def committed_name(self, step: int) -> str | None:
         """Name of the checkpoint that this attempt has committed for a step."""
-        for name in self._run.checkpoint_names():
-            if checkpoint_step(name) == step:
-                try:
-                    manifest = read_manifest(self._run.checkpoints / name)
-                except IntegrityError:
-                    continue
-                if manifest.attempt == self._attempt:
-                    return name
-        return None
+        return committed_by(self._run, self._attempt, step)
 
-    def _fenced(self, step: int) -> FencedError:
+    def _check_owner(self, step: int, error: Exception) -> None:
+        """Raise if this attempt has been fenced off."""
         later = [number for number in self._run.attempt_numbers() if number > self._attempt]
+        if not later and self.folder(step).parent.exists():
+            return
         owner = f"attempt {later[-1]} has begun" if later else "its staging folder is gone"
-        return FencedError(
+        raise FencedError(
             f"{self._run.root}: attempt {self._attempt} can't commit step {step}: {owner}. "
             "Two jobs run in one run directory: cancel one, or give each its own run_dir"
-        )
+        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.placement import local_of
 from hpc_resume.checkpoint.snapshot import Captured, pieces_of
-from hpc_resume.checkpoint.structure import TensorRecord
+from hpc_resume.checkpoint.structure import Structure, TensorRecord
 
 
 def substitute(captured: Captured, rank: int, *, own_rank: int) -> Captured | None:
@@ -37,6 +37,16 @@ def substitute(captured: Captured, rank: int, *, own_rank: int) -> Captured | No
         objects=captured.objects,
         leaves=captured.leaves,
     )
+
+
+def keepers(structure: Structure, rank: int, world_size: int) -> set[int]:
+    """Ranks that hold all that a rank stores, itself included; by rule, so that all name the same."""
+    able = set(range(world_size))
+    layouts = {structure.tensors[piece.name].layout for piece in pieces_of(structure, rank)}
+    for layout in layouts:
+        group = None if layout is None else layout.group_of(rank)
+        able &= {rank} if layout is None or group is None else set(layout.holders(group))
+    return able
 
 
 def held_box(record: TensorRecord, rank: int) -> Box | None:

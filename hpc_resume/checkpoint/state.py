@@ -3,7 +3,7 @@
 What a rank stores follows from its own tensors alone: a ``DTensor`` says how its mesh splits it; parameters
 under ``DistributedDataParallel`` and their optimizer state are the same on every rank. Those replicas are split
 among their holders. Any other plain tensor is taken whole from rank 0, because nothing says that the ranks agree
-on it (DDP itself takes buffers from rank 0).
+on it (DDP itself takes buffers from rank 0); where they plainly do not, the checkpoint is refused (``witnesses``).
 """
 
 from __future__ import annotations

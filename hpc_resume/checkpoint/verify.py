@@ -208,7 +208,7 @@ def _names(folder: Path, findings: list[Finding]) -> list[str]:
 
 
 def _missing(run: RunDirectory) -> Iterator[Finding]:
-    """Find checkpoints that the run committed and that are neither there nor in quarantine.
+    """Find checkpoints that the run committed and that are neither there nor put aside on purpose.
 
     The journal names each one when it is committed; manifests name their parents.
     """
@@ -216,6 +216,8 @@ def _missing(run: RunDirectory) -> Iterator[Finding]:
     aside = (
         {path.name.split(".")[0] for path in run.quarantine.glob("*-*")} if run.quarantine.is_dir() else set()
     )
+    if run.pruned.is_dir():
+        aside |= {path.stem for path in run.pruned.glob("*.json")}
     for attempt in run.attempt_numbers():
         try:
             events = read_events(run.attempt(attempt) / "events.jsonl")

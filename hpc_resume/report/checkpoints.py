@@ -20,6 +20,8 @@ class CheckpointSummary:
     step: int
     problem: str | None = None
     reason: str | None = None
+    content: str | None = None
+    note: str = ""
     attempt: int | None = None
     world_size: int | None = None
     node_type: str | None = None
@@ -83,6 +85,8 @@ def describe(name: str, manifest: Manifest) -> JsonObject:
         "config": manifest.config,
         "environment": manifest.environment,
         "costs": manifest.costs,
+        "refers": list(manifest.refers),
+        "missing_ranks": list(manifest.missing_ranks),
         "tensors": {
             tensor: {
                 "shape": list(record.shape),
@@ -107,6 +111,8 @@ def _summary(name: str, manifest: Manifest) -> CheckpointSummary:
         name=name,
         step=manifest.step,
         reason=manifest.reason,
+        content=manifest.content,
+        note=manifest.note,
         attempt=manifest.attempt,
         world_size=manifest.world_size,
         node_type=manifest.node_type,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import html
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from hpc_resume.checkpoint.manifest import MODEL
 from hpc_resume.files import JsonObject
+from hpc_resume.policy.retention import RetentionPlan
 from hpc_resume.report.checkpoints import CheckpointSummary
 from hpc_resume.report.status import AttemptStatus, RunStatus
+from hpc_resume.rundir import checkpoint_step
 from hpc_resume.untrusted import printable
 
 #: Causes in words; what is not here is its own word.
@@ -85,6 +88,30 @@ def checkpoint_table(title: str, checkpoints: Sequence[CheckpointSummary]) -> Ta
         columns=("step", "checkpoint", "why", "ranks", "node type", "size", "attempt", "written"),
         right=("step", "ranks", "size", "attempt"),
         rows=tuple(_checkpoint_row(each) for each in checkpoints),
+        note="\n".join(
+            f"step {each.step}: {_model_only(each.note)}" for each in checkpoints if _partial(each)
+        ),
+    )
+
+
+def pruning_table(plan: RetentionPlan, *, done: bool) -> Table:
+    """Show what is kept of a run's checkpoints, and why, and what is not; newest first."""
+    removed = dict.fromkeys(plan.remove, "deleted" if done else "to be deleted")
+    rows = sorted({**plan.keep, **removed}.items(), key=lambda row: checkpoint_step(row[0]), reverse=True)
+    many = _count(len(plan.remove), "checkpoint")
+    return Table(
+        title=f"{many} deleted" if done else f"{many} to be deleted, {len(plan.keep)} kept",
+        columns=("step", "checkpoint", "", "why"),
+        right=("step",),
+        rows=tuple(
+            (
+                str(checkpoint_step(name)),
+                name,
+                "keep" if name in plan.keep else why,
+                why if name in plan.keep else "",
+            )
+            for name, why in rows
+        ),
     )
 
 
@@ -103,8 +130,28 @@ def contents_table(described: JsonObject) -> Table:
             (name, shapes[name], tensor["dtype"], size_text(tensor["size_bytes"]), str(tensor["ranks"]))
             for name, tensor in tensors.items()
         ),
-        note=f"besides: {', '.join(described['objects'])}" if described["objects"] else "",
+        note="\n".join(_remarks(described)),
     )
+
+
+def _remarks(described: JsonObject) -> Iterator[str]:
+    if described["objects"]:
+        yield f"besides: {', '.join(described['objects'])}"
+    if described["content"] == MODEL:
+        yield _model_only(described["note"])
+    if described["missing_ranks"]:
+        ranks = ", ".join(map(str, described["missing_ranks"]))
+        yield f"ranks that died while it was saved: {ranks}; others wrote what they held alike"
+    if described["refers"]:
+        yield f"unchanged bytes lie in: {', '.join(described['refers'])}"
+
+
+def _partial(each: CheckpointSummary) -> bool:
+    return each.content == MODEL
+
+
+def _model_only(note: str) -> str:
+    return f"the model only: {note}; it is not resumed from" if note else "the model only"
 
 
 def attempt_sentence(attempt: AttemptStatus) -> str:
@@ -126,7 +173,7 @@ def _checkpoint_row(each: CheckpointSummary) -> tuple[str, ...]:
     return (
         str(each.step),
         each.name,
-        each.reason or "",
+        f"{each.reason or ''}{', model only' if _partial(each) else ''}",
         _text(each.world_size),
         _text(each.node_type),
         size_text(each.size_bytes or 0),

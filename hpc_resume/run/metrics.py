@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from hpc_resume.errors import UsageError
-from hpc_resume.files import Clock
+from hpc_resume.files import Clock, append_whole
 from hpc_resume.journal import write_line
 
 #: Values are turned into numbers and written at most this often: reading a GPU tensor waits for the GPU.
@@ -59,11 +60,14 @@ class Metrics:
         for step, row in pending.items():
             numbers = {name: float(value) for name, value in row.items()}
             lines.append(write_line({**numbers, "step": step}))
-        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            os.write(fd, b"".join(lines))
-        finally:
-            os.close(fd)
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                append_whole(fd, b"".join(lines))
+            finally:
+                os.close(fd)
+        except OSError as error:  # a full disk ends no training
+            sys.stderr.write(f"hpc_resume: {self._path}: metrics of {len(lines)} steps are lost ({error})\n")
 
 
 def _check(name: str, value: Any) -> Any:

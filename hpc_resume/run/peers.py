@@ -62,6 +62,12 @@ class Peers:
         store = dist.TCPStore(host, port, is_master=False, timeout=dt.timedelta(seconds=JOIN_S))
         return dist.PrefixStore(self._prefix, store)
 
+    def apart(self) -> Peers:
+        """Return the same through a connection of its own, for another thread."""
+        twin = Peers(self._environment, self._base, self._address, self._prefix)
+        twin.store = self.connect()
+        return twin
+
     def share(self, key: str, value: Any = None, *, patience_s: float = JOIN_S) -> Any:
         """Give everybody what rank 0 has; other ranks pass nothing and wait."""
         if self._environment.rank == 0:
@@ -85,6 +91,27 @@ class Peers:
                 f"rank {self._environment.rank} waited for {key!r} from the other ranks in vain "
                 f"({str(error).splitlines()[0]}); look at the other ranks' logs"
             ) from error
+
+    def reachable(self) -> bool:
+        """Whether the store answers; if not, it is gone with rank 0."""
+        try:
+            self.store.check(["reachable"])
+        except RuntimeError:
+            return False
+        return True
+
+    def settle(self, key: str, value: Any) -> Any:
+        """Give a key a value unless it has one; returns what it has.
+
+        Raises
+        ------
+        RendezvousError
+            If the store is gone.
+        """
+        try:
+            return json.loads(self.store.compare_set(key, "", json.dumps(value)))
+        except RuntimeError as error:
+            raise RendezvousError(f"the control store is gone, and rank 0 with it: {error}") from error
 
     def gather(self, key: str, value: Any, *, patience_s: float) -> list[Any] | None:
         """Give rank 0 what everybody has, by rank; other ranks do not wait and get None."""

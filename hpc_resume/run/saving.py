@@ -9,38 +9,30 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from hpc_resume.checkpoint.manifest import FULL, MODEL, Manifest
 from hpc_resume.checkpoint.receipt import Header
 from hpc_resume.checkpoint.snapshot import Camera, Captured, Snapshot
 from hpc_resume.checkpoint.staging import Staging
-from hpc_resume.checkpoint.standin import substitute
 from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.config import Config
-from hpc_resume.errors import HpcResumeError, RendezvousError, SaveError
+from hpc_resume.errors import FencedError, HpcResumeError, RendezvousError, SaveError
 from hpc_resume.files import Clock
 from hpc_resume.journal import Journal
 from hpc_resume.policy.saving import what_fits
 from hpc_resume.provenance.environment import describe_environment
 from hpc_resume.run import generators
 from hpc_resume.run.attempt import AttemptFacts
+from hpc_resume.run.outcome import Outcomes, Part
 from hpc_resume.run.peers import Peers
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.scheduler.environment import JobEnvironment
 
-#: Other ranks may take this much longer over their shards.
-_COMMIT_S = 3600.0
-#: So often a rank that waits for a commit looks whether it can finish it itself.
-_LOOK_S = 5.0
-#: Ranks whose receipts have not come this long after ours count as dead, if others hold what they had.
-_DEAD_AFTER_S = 30.0
 #: So many failed saves in a row end the attempt.
 _MAX_FAILURES = 3
 #: Part of the memory that is free at the start that all staging areas of a node may take, unless it is set.
@@ -48,17 +40,6 @@ _HOST_MEMORY_PART = 0.25
 
 #: Everything, but only what has changed is written.
 CHANGED = "changed"
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A checkpoint that this rank has begun and that is not known to be committed."""
-
-    details: dict[str, Any]
-    began_s: float
-    writing: Future[None] | None = None
-    captured: Captured | None = None
-    header: Header | None = None
 
 
 class Saver:
@@ -102,7 +83,6 @@ class Saver:
         self._facts = facts
         self._environment = environment
         self._peers = peers
-        self._store = peers.connect()  # the writing thread's own: a store that waits is deaf to other threads
         self._config = config
         self._clock = clock
         self._journal = journal
@@ -122,8 +102,17 @@ class Saver:
         self._described = describe_environment() if environment.rank == 0 else {}
         self._described = peers.share("environment", self._described)
         self._began = clock()
-        self._pending: dict[int, _Pending] = {}
-        self._failures = 0
+        self._outcomes = Outcomes(
+            peers,
+            peers.apart(),
+            self._staging,
+            environment,
+            dead_after_s=settings.dead_after_s,
+            threads=settings.threads,
+        )
+        self._pending: dict[int, Part] = {}
+        self._taken = self._failures = 0
+        self._last_failure = 0, ""
         #: Step of the newest checkpoint that is committed or being written, and of the newest one that is
         #: committed, as far as this rank knows.
         self.saved_step = self.committed_step = 0
@@ -140,10 +129,17 @@ class Saver:
         self.saved_step = self.committed_step = manifest.step
         costs = manifest.costs
         if costs.get("write_s") and costs.get("written_bytes"):
-            written_bytes = costs["written_bytes"] // manifest.world_size
             self._staging.estimate.add(
-                written_bytes=written_bytes, write_s=costs["write_s"], whole_s=costs["write_s"]
+                written_bytes=costs["written_bytes"] // manifest.world_size,
+                state_bytes=costs.get("state_bytes", 0) // manifest.world_size,
+                write_s=costs["write_s"],
+                whole_s=costs["write_s"],
             )
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many saves in a row have failed that the next :meth:`save` ends the attempt."""
+        return self._failures >= _MAX_FAILURES
 
     def due(self, every_s: float) -> bool:
         """Whether it is time for a periodic checkpoint; true once a period."""
@@ -185,15 +181,23 @@ class Saver:
         SaveError
             If it, or one before it, could not be written.
         """
+        began = self._clock()
         concurrent.futures.wait([each.writing for each in self._pending.values() if each.writing is not None])
-        if wait:
-            for pending in sorted(self._pending):
-                self._settle(pending)
+        deadline_s = None if left_s is None else time.monotonic() + left_s
+        for pending in sorted(self._pending):
+            self._settle(pending, leaving=wait, left_s=left_s)
+        if self.exhausted:  # told by what all ranks have settled: all end here
+            raise SaveError(
+                f"{self._failures} checkpoints in a row were not committed, the last one of step "
+                f"{self._last_failure[0]}: {self._last_failure[1]}"
+            )
         if step > self.saved_step:
-            self._take(state, step, samples, reason, wait=wait, left_s=left_s)
+            if deadline_s is not None:
+                left_s = max(deadline_s - time.monotonic(), 0.0)
+            left_s = self._take(state, step, samples, reason, began=began, wait=wait, left_s=left_s)
         if wait:
             for pending in sorted(self._pending):
-                self._settle(pending, last=True)
+                self._settle(pending, leaving=True, left_s=left_s, last=True)
 
     def _take(
         self,
@@ -202,14 +206,15 @@ class Saver:
         samples: int,
         reason: str,
         *,
+        began: float,
         wait: bool,
         left_s: float | None,
-    ) -> None:
-        began = self._clock()
+    ) -> float | None:
+        """Capture the state and write it or have it written; returns the seconds left, as rank 0 knows them."""
         captured = state.capture(generators.capture())
         content, note = FULL, ""
         if wait:
-            content, note = self._choose(captured, step, state.modules, left_s)
+            content, note, left_s = self._choose(captured, state.modules, left_s)
             if content == MODEL:
                 captured = state.capture({}, state.modules)
         header = Header(
@@ -227,41 +232,56 @@ class Saver:
         )
         stage = self._config.checkpoint.asynchronous and not wait and self._camera.may_stage(captured)
         snapshot = self._camera.take(captured, stage=stage)
-        pending = _Pending(details={"reason": reason}, began_s=time.monotonic())
+        part = Part(number=self._taken, details={"reason": reason})
+        self._taken += 1  # all ranks take the same ones, in the same order
         if content == MODEL:
-            pending.details.update(content=MODEL, note=note)
-        self._pending[step] = pending
+            part.details.update(content=MODEL, note=note)
+        self._pending[step] = part
         self.saved_step = step
         if stage:
-            pending.writing = self._background.submit(self._write, header, snapshot, False)
+            part.writing = self._background.submit(self._write, header, snapshot, part, False)
         else:
-            pending.captured, pending.header = captured, header
-            self._write(header, snapshot, content == CHANGED)
+            if wait:  # else the live state moves on
+                part.captured, part.header = captured, header
+            self._write(header, snapshot, part, content == CHANGED)
         self._began = self._clock()
-        pending.details["blocked_s"] = round(self._began - began, 4)
+        part.details["blocked_s"] = round(self._began - began, 4)
+        return left_s
 
     def _choose(
-        self, captured: Captured, step: int, modules: tuple[str, ...], left_s: float | None
-    ) -> tuple[str, str]:
-        """Decide, all ranks alike, what of the state still fits; rank 0 knows."""
-        choice = None
+        self, captured: Captured, modules: tuple[str, ...], left_s: float | None
+    ) -> tuple[str, str, float | None]:
+        """Decide, all ranks alike, what of the state still fits, and in how many seconds; rank 0 knows."""
+        key = f"content/{self._taken}"
+        choice: list[Any] = [FULL, "", left_s]
         if self._environment.rank == 0:
             prefixes = tuple(f"{key}/" for key in modules)
-            sizes = {FULL: sum(piece.length for piece in captured.pieces)}
-            if self._staging.last_changed_bytes is not None:
-                sizes[CHANGED] = self._staging.last_changed_bytes
-            sizes[MODEL] = sum(piece.length for piece in captured.pieces if piece.name.startswith(prefixes))
-            choice = what_fits(left_s, sizes, self._staging.estimate)
-        content, note = self._peers.share(f"content/{step}", choice)
-        return content, note
+            size_bytes = sum(piece.length for piece in captured.pieces)
+            model_bytes = sum(piece.length for piece in captured.pieces if piece.name.startswith(prefixes))
+            estimate = self._staging.estimate
+            needs_s = {FULL: estimate.seconds(size_bytes)}
+            changed_bytes = self._staging.last_changed_bytes
+            if changed_bytes is not None:
+                needs_s[CHANGED] = estimate.seconds(changed_bytes, looked_at_bytes=size_bytes)
+            needs_s[MODEL] = estimate.seconds(model_bytes)
+            content, note = what_fits(left_s, needs_s)
+            choice = [content, note if content == MODEL else "", left_s]
+        else:
+            with contextlib.suppress(RendezvousError):
+                choice = self._peers.get(key, self._config.checkpoint.dead_after_s)
+        with contextlib.suppress(RendezvousError):
+            choice = self._peers.settle(key, choice)
+        # Without a word from rank 0 it is gone, and others may hold what it had.
+        content, note, left_s = choice
+        return content, note, left_s
 
     def poll(self) -> None:
         """Note checkpoints that have been committed meanwhile, or that have failed."""
         for step in sorted(self._pending):
-            writing = self._pending[step].writing
-            if writing is not None and not writing.done():
+            part = self._pending[step]
+            if part.writing is not None and not part.writing.done():
                 return
-            if not self._peers.store.check([f"committed/{step}"]):
+            if not self._outcomes.known(part):
                 return
             self._settle(step)
 
@@ -277,36 +297,29 @@ class Saver:
         self._background.shutdown(wait=False, cancel_futures=True)
         self._camera.close()
 
-    def _write(self, header: Header, snapshot: Snapshot, only_changed: bool) -> None:
+    def _write(self, header: Header, snapshot: Snapshot, part: Part, only_changed: bool) -> None:
         """Write this rank's part, and commit if it is the last one; on the background thread or not."""
+        began = time.monotonic()
         try:
-            self._staging.write(header, snapshot, only_changed=only_changed)
-            if self._store.add(f"receipts/{header.step}", 1) == self._environment.world_size:
-                self._commit(header.step)
-        except (OSError, RuntimeError, HpcResumeError) as error:
-            self._publish_failure(header.step, error)
-            if isinstance(error, HpcResumeError) and not isinstance(error, SaveError | RendezvousError):
-                raise  # fenced off: nothing that a later save could mend
+            receipt = self._staging.write(header, snapshot, only_changed=only_changed)
+            part.own_s = time.monotonic() - began
+            if receipt is not None:
+                self._outcomes.count_in(header.step, part)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            self._outcomes.fail(part, error)
+            if isinstance(error, FencedError):
+                raise  # nothing that a later save could mend
+        finally:
+            part.done_s = time.monotonic()
 
-    def _publish_failure(self, step: int, error: Exception) -> None:
-        message = f"rank {self._environment.rank} on {self._environment.node}: {error}"
-        try:
-            self._store.set(f"committed/{step}", json.dumps({"error": message}))
-        except RuntimeError:
-            return  # the store is gone with rank 0; who waits for this key will notice
-
-    def _commit(self, step: int) -> str:
-        name = self._staging.commit(step)
-        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0; the folder says it, too
-            self._store.set(f"committed/{step}", json.dumps({"name": name}))
-        return name
-
-    def _settle(self, step: int, *, last: bool = False) -> None:
+    def _settle(
+        self, step: int, *, leaving: bool = False, left_s: float | None = None, last: bool = False
+    ) -> None:
         """Wait until a checkpoint is committed, and write it down."""
-        pending = self._pending[step]
-        if pending.writing is not None:
-            pending.writing.result()
-        outcome = self._outcome(step, pending)
+        part = self._pending[step]
+        if part.writing is not None:
+            part.writing.result()
+        outcome = self._outcomes.wait(step, part, left_s=left_s, last=leaving)
         del self._pending[step]
         if "error" in outcome:
             self._failed(step, outcome["error"], last=last)
@@ -315,48 +328,20 @@ class Saver:
         self.committed_step = max(self.committed_step, step)
         self._staging.committed(step, outcome["name"])
         if self._journal is not None:
-            self._journal.event(
-                "saved", durable=True, checkpoint=outcome["name"], step=step, **pending.details
-            )
+            self._journal.event("saved", durable=True, checkpoint=outcome["name"], step=step, **part.details)
 
     def _failed(self, step: int, why: str, *, last: bool) -> None:
         """Report a save that has failed; training goes on unless it was the last chance."""
         self._failures += 1
+        self._last_failure = step, why
         self.saved_step = max([self.committed_step, *self._pending])
         if self._journal is not None:
             self._journal.event("save_failed", durable=True, step=step, why=why)
-        if last or self._failures >= _MAX_FAILURES:
-            times = "" if self._failures == 1 else f", {self._failures} saves in a row have failed"
+        if last:
+            times = "" if self._failures == 1 else f"; {self._failures} saves in a row have failed"
             raise SaveError(f"the checkpoint of step {step} was not committed: {why}{times}")
+        self._staging.discard(step)  # a full disk gets no emptier by what nobody will ever read
         self._say(
             f"the checkpoint of step {step} FAILED and is not there: {why}; training goes on, and the last "
             f"checkpoint is of step {self.committed_step}"
         )
-
-    def _outcome(self, step: int, pending: _Pending) -> dict[str, Any]:
-        """Wait for what becomes of a checkpoint; finishes it in the place of ranks that have died."""
-        while True:
-            waited_s = time.monotonic() - pending.began_s
-            try:
-                outcome: dict[str, Any] = self._peers.get(f"committed/{step}", _LOOK_S)
-            except RendezvousError:
-                if waited_s > _COMMIT_S:
-                    raise
-            else:
-                return outcome
-            missing = self._staging.missing(step)
-            if missing and waited_s > _DEAD_AFTER_S:
-                self._stand_in(pending, missing)
-                missing = self._staging.missing(step)
-            if not missing:
-                return {"name": self._commit(step)}
-
-    def _stand_in(self, pending: _Pending, missing: list[int]) -> None:
-        """Write the shards of dead ranks, as far as this rank holds what they had."""
-        if pending.captured is None or pending.header is None:
-            return  # the live state has moved on
-        for rank in missing:
-            part = substitute(pending.captured, rank, own_rank=self._environment.rank)
-            if part is not None:
-                snapshot = Camera(threads=self._config.checkpoint.threads).take(part, stage=False)
-                self._staging.write(pending.header, snapshot, rank=rank)

@@ -216,7 +216,7 @@ class Session:
             self._noted = now
             self._note("progress", step=self.step)
         every_s = self.config.checkpoint.every_s
-        if every_s is not None and self.step < until and self.saver.due(every_s):
+        if self.step < until and (self.saver.exhausted or (every_s is not None and self.saver.due(every_s))):
             self.stopping.request_save()
 
     def save(
@@ -237,8 +237,9 @@ class Session:
     def _stop(self, state: TrackedState, samples: int) -> NoReturn:
         """Save at the agreed step, have the run continued, and leave."""
         self._note("stop_agreed", step=self.step)
+        left_s = self.stopping.reached()
         if self.step > self.first_step:
-            self.save(state, samples, "stop", wait=True, left_s=self.stopping.left_s())
+            self.save(state, samples, "stop", wait=True, left_s=left_s)
         if self.rank == 0:
             ending = self._end(self.stopping.verdict()).to_json()
             self.peers.share("ending", ending)

@@ -20,6 +20,8 @@ from hpc_resume.scheduler.signals import SignalWatch
 _VERDICT_S = 30.0
 #: Longest wait for the time that is left, before a save: it must not eat up that time.
 _FACTS_S = 1.0
+#: A last save gets at least this long, whatever the scheduler says: its end of a job is not to the second.
+_LEAST_SAVE_S = 10.0
 
 
 class Stopping:
@@ -125,10 +127,24 @@ class Stopping:
         )
 
     def left_s(self) -> float | None:
-        """Seconds until the job is killed, if the scheduler has said so by now. Rank 0 only."""
-        if not self._verdict_ready.wait(_FACTS_S) or self._ends_at_s is None:
+        """Seconds until the job is killed, if the scheduler has said so by now; known on rank 0 only."""
+        if self._environment.rank != 0 or not self._verdict_ready.wait(_FACTS_S) or self._ends_at_s is None:
             return None
         return max(self._ends_at_s - self._clock(), 0.0)
+
+    def reached(self) -> float | None:
+        """Note that the step to stop after has been completed; see :meth:`left_s` for what it returns.
+
+        From now on the watchdog waits for the end of the job instead: a save that takes its time is not cut
+        short, and one that hangs does not keep the run from being continued.
+        """
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        left_s = self.left_s()
+        if left_s is not None:
+            why = "the last checkpoint was not committed before the end of the job"
+            self._watchdog = self._start_timer(max(left_s, _LEAST_SAVE_S), why)
+        return left_s
 
     def close(self, *, last_word: bool) -> None:
         """End watching.
@@ -177,9 +193,13 @@ class Stopping:
     def _start_watchdog(self) -> None:
         if self._watchdog is None:
             why = f"no step ended within {self._watchdog_s:g} s of the request to stop"
-            self._watchdog = threading.Timer(self._watchdog_s, self._expire, (why,))
-            self._watchdog.daemon = True
-            self._watchdog.start()
+            self._watchdog = self._start_timer(self._watchdog_s, why)
+
+    def _start_timer(self, seconds: float, why: str) -> threading.Timer:
+        timer = threading.Timer(seconds, self._expire, (why,))
+        timer.daemon = True
+        timer.start()
+        return timer
 
     def _judge(self, details: JsonObject) -> None:
         name: Any = details.get("signal", "SIGTERM")

@@ -4,7 +4,16 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_resume.checkpoint.blocks import BLOCK_BYTES, SINGLE_BLOCK_BYTES, block_edges, panels
+from hpc_resume.checkpoint.blocks import (
+    BLOCK_BYTES,
+    SEGMENT_BYTES,
+    SINGLE_BLOCK_BYTES,
+    TABLE_BLOCK_BYTES,
+    checks,
+    count_checksums,
+    panels,
+    partitions,
+)
 from hpc_resume.checkpoint.boxes import Box, covers_once
 from tests.checkpoint.shapes import quick
 
@@ -28,15 +37,15 @@ def stored(draw):
 @given(stored())
 def test_blocks_tile_a_box(case):
     shape, box, item = case
-    edges = block_edges(shape, box, item)
     length = box.volume * item
+    edges = partitions(shape, box, length)[0]
     lengths = [high - low for low, high in pairwise(edges)]
     assert edges[0] == 0
     assert edges[-1] == length
     assert all(n > 0 for n in lengths)
     assert max(lengths) <= max(BLOCK_BYTES, SINGLE_BLOCK_BYTES)
     # Checksums stay small beside what they cover, unless single rows are no multiple of a block.
-    assert len(lengths) <= 1 + length // (BLOCK_BYTES // 32) + box.size[0] * (
+    assert len(lengths) <= 1 + length // (TABLE_BLOCK_BYTES // 4) + box.size[0] * (
         length // box.size[0] > BLOCK_BYTES
     )
     if length > SINGLE_BLOCK_BYTES:
@@ -50,8 +59,31 @@ def test_blocks_tile_a_box(case):
 
 
 def test_what_has_no_elements_has_no_blocks():
-    assert block_edges((0, 5), Box((0, 0), (0, 5)), 4) == (0,)
-    assert block_edges((), Box((), ()), 4) == (0, 4)
+    assert partitions((0, 5), Box((0, 0), (0, 5)), 0) == ((0,),)
+    assert partitions((), Box((), ()), 4) == ((0, 4),)
+
+
+@quick
+@given(stored(), st.data())
+def test_segments_are_whole_blocks_and_any_range_is_verified_without_gaps(case, data):
+    shape, box, item = case
+    length = box.volume * item
+    cut = partitions(shape, box, length)
+    sums = [pair for edges in cut for pair in pairwise(edges)]
+    assert count_checksums(cut) == len(sums)
+    if len(cut) > 1:
+        segments = cut[1]
+        assert set(segments) <= set(cut[0])
+        assert (segments[0], segments[-1]) == (0, length)
+        assert all(0 < high - low <= SEGMENT_BYTES for low, high in pairwise(segments))
+    begin = data.draw(st.integers(0, length - 1))
+    end = data.draw(st.integers(begin + 1, length))
+    found = list(checks(cut, begin, end))
+    assert all(sums[place] == (low, high) for low, high, place in found)
+    assert all(one[1] == other[0] for one, other in pairwise(found))
+    # No block more than those that are touched.
+    assert found[0][0] == max(edge for edge in cut[0] if edge <= begin)
+    assert found[-1][1] == min(edge for edge in cut[0] if edge >= end)
 
 
 @quick

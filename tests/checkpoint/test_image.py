@@ -57,7 +57,7 @@ def test_every_byte_is_a_pieces_or_the_rests(folder, found, direct):
     image = full_image(found)
     writer = ShardWriter(threads=2, fs=CARELESS, direct=direct)
     path = folder / "shard.h5"
-    written = writer.write(path, image, [*map(raw, tensors)], edges=[piece.edges for piece in found])
+    written = writer.write(path, image, [*map(raw, tensors)], cuts=[piece.cut for piece in found])
     writer.close()
     data = path.read_bytes()
     assert len(data) == written.size_bytes == image.size_bytes
@@ -79,9 +79,9 @@ def test_every_byte_is_a_pieces_or_the_rests(folder, found, direct):
     assert index_digest(index_bytes, table) == written.digest
     index = decode_index(index_bytes, table, size_bytes=len(data))
     for number, (entry, tensor) in enumerate(zip(index.entries, tensors, strict=True)):
-        bits, first = raw(tensor).tobytes(), index.first_block[number]
-        for block, (low, high) in enumerate(pairwise(entry.edges)):
-            assert xxhash.xxh3_64_intdigest(bits[low:high]) == index.table[first + block]
+        bits, first = raw(tensor).tobytes(), index.first_checksum[number]
+        for place, (low, high) in enumerate((pair for edges in entry.cut for pair in pairwise(edges)), first):
+            assert xxhash.xxh3_64_intdigest(bits[low:high]) == index.table[place]
 
     # Anybody's HDF5 reads it, in types that mean the same.
     seen = set()

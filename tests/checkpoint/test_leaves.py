@@ -75,3 +75,28 @@ def test_names_that_clash_are_refused():
 def test_tensors_that_cannot_be_stored_are_refused_by_their_path(tensor, why):
     with pytest.raises(StateError, match=f"k/x.*{why}"):
         flatten("k", {"x": tensor})
+
+
+class Wrapped(torch.Tensor):
+    """Holds its values elsewhere, as quantized and otherwise special tensors do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
+def test_tensors_that_hold_others_are_refused():
+    with pytest.raises(StateError, match="k/x: a tensor of type Wrapped can't be stored"):
+        flatten("k", {"x": Wrapped(torch.ones(2))})
+
+
+def test_subclasses_without_a_behaviour_of_their_own_are_tensors():
+    class Named(torch.Tensor):
+        pass
+
+    _, leaves = flatten("k", {"x": torch.ones(2).as_subclass(Named), "y": torch.nn.Buffer(torch.ones(3))})
+    assert set(leaves) == {"k/x", "k/y"}

@@ -42,6 +42,24 @@ def test_parts_are_what_ranks_store_of_a_box(structure, data):
 
 
 @quick
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from([((0, 0), (1, 1)), ((1, 1),), ((0, 1), (1, 1))]),
+    st.data(),
+)
+def test_parts_of_tensors_in_panels(rows, columns, splits, data):
+    layout = Layout((rows, columns), tuple(range(rows * columns)), splits)
+    structure = Structure({"a": TensorRecord((1000, 999), "float64", layout)})
+    stored = [(rank, box) for rank in range(16) for _, box in structure.stored_by(rank)]
+    assert covers_once((1000, 999), [box for _, box in stored])
+    low, left = data.draw(st.integers(0, 999)), data.draw(st.integers(0, 998))
+    want = Box((low, left), (data.draw(st.integers(1, 1000 - low)), data.draw(st.integers(1, 999 - left))))
+    found = sorted(structure.parts("a", want))
+    assert found == sorted((rank, box) for rank, box in stored if box.intersect(want) is not None)
+
+
+@quick
 @given(structures())
 def test_structures_survive_json(structure):
     again = Structure.from_json(json.loads(json.dumps(structure.to_json())), world_size=WORLD)

@@ -1,7 +1,8 @@
 import pytest
 
+from hpc_resume.checkpoint.layout import Layout
 from hpc_resume.checkpoint.manifest import Manifest, ShardRecord, shard_file
-from hpc_resume.checkpoint.structure import Structure
+from hpc_resume.checkpoint.structure import Structure, TensorRecord
 from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.report.checkpoints import describe, find_checkpoint, list_checkpoints
 from hpc_resume.report.tables import checkpoint_table, contents_table
@@ -15,7 +16,7 @@ def run(tmp_path):
     return run
 
 
-def commit(run, step, world_size=2):
+def commit(run, step, world_size=2, **differing):
     shards = tuple(
         ShardRecord(
             file=shard_file(rank, world_size),
@@ -29,11 +30,13 @@ def commit(run, step, world_size=2):
         )
         for rank in range(world_size)
     )
-    manifest = Manifest(
-        run_id="r", attempt=1, step=step, samples=8 * step, reason="cadence", content="full", note="", parent=None, refers=(), missing_ranks=(), created=1.7e9,
-        world_size=world_size, shards=shards, structure=Structure({}), objects={"model": {}}, differing_ranks=(),
-        node_type="pair", config=None, environment={}, costs={},
-    )  # fmt: skip
+    fields = {
+        "run_id": "r", "attempt": 1, "step": step, "samples": 8 * step, "reason": "cadence", "content": "full",
+        "note": "", "parent": None, "refers": (), "missing_ranks": (), "created": 1.7e9, "world_size": world_size,
+        "shards": shards, "structure": Structure({}), "objects": {"model": {}}, "differing_ranks": (),
+        "node_type": "pair", "config": None, "environment": {}, "costs": {},
+    }  # fmt: skip
+    manifest = Manifest(**(fields | differing))
     folder = run.checkpoints / manifest.name
     folder.mkdir()
     (folder / "manifest.json").write_bytes(manifest.to_bytes())
@@ -88,3 +91,25 @@ def test_contents_are_described(run):
     table = contents_table(described)
     assert "by 1 rank of attempt 1" in table.title
     assert table.note == "besides: model"
+
+
+def test_a_partial_one_says_so_and_why(run):
+    older = commit(run, 10)
+    structure = Structure({"model/w": TensorRecord((4, 2), "float32", Layout.replicated((0, 1)))})
+    commit(
+        run, 20, content="model", note="9 s were left", missing_ranks=(1,), refers=(older.name,), structure=structure
+    )  # fmt: skip
+    assert [each.content for each in list_checkpoints(run.root)] == ["full", "model"]
+    assert list_checkpoints(run.root)[1].to_json()["note"] == "9 s were left"
+    lines = checkpoint_table("", list_checkpoints(run.root)).lines()
+    assert "cadence, model only" in lines[2]
+    assert "model only" not in lines[1]
+    assert lines[3] == "step 20: the model only: 9 s were left; it is not resumed from"
+    lines = contents_table(describe(*find_checkpoint(run.root, None))).lines()
+    assert lines[2].split() == ["model/w", "4", "x", "2", "float32", "32", "B", "2"]
+    assert lines[3].splitlines() == [
+        "besides: model",
+        "the model only: 9 s were left; it is not resumed from",
+        "ranks that died while it was saved: 1; others wrote what they held alike",
+        f"unchanged bytes lie in: {older.name}",
+    ]

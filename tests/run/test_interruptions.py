@@ -361,7 +361,7 @@ def test_an_attempt_that_died_before_its_commit_is_finished_by_the_next(tmp_path
 def dying_before_commit(steps):
     from hpc_resume.checkpoint.staging import Staging
 
-    def die(self, step):
+    def die(self, step, **_):
         os.kill(os.getpid(), signal.SIGKILL)  # all receipts are there: this rank was the last
 
     Staging.commit = die
