@@ -353,10 +353,10 @@ def _counts() -> Iterator[Case]:
 
     def many_tensors(forge: Forge) -> None:
         one = {"shape": [2**40], "dtype": "uint8", "layout": 0}
-        forge.record["tensors"] = {f"t{n}": one for n in range(5_000)}
+        forge.record["tensors"] = {f"t{n}": one for n in range(2_000)}
 
     def tangled(forge: Forge) -> None:
-        n = 10_000
+        n = 5_000
         pieces = [[0, [0, column], [1, 1]] for column in range(n)]
         forge.record["tensors"]["model/up.weight"] = {"shape": [1, n], "dtype": "uint8", "pieces": pieces}
 
@@ -364,15 +364,15 @@ def _counts() -> Iterator[Case]:
         turns = [([0, 0], [1, 2]), ([0, 2], [2, 1]), ([2, 1], [1, 2]), ([1, 0], [2, 1]), ([1, 1], [1, 1])]
         pieces = [
             [0, [start[0] + 3 * row, start[1] + 3 * column], size]
-            for row in range(30)
-            for column in range(30)
+            for row in range(20)
+            for column in range(20)
             for start, size in turns
         ]
-        shape = [90, 90]
+        shape = [60, 60]
         forge.record["tensors"]["model/up.weight"] = {"shape": shape, "dtype": "uint8", "pieces": pieces}
 
     def steps(forge: Forge) -> None:
-        n = 3_000  # a row and a column off, n times over
+        n = 1_500  # a row and a column off, n times over
         pieces = [[0, [i, i], [1, n - i]] for i in range(n)]
         pieces += [[0, [i + 1, i], [n - i - 1, 1]] for i in range(n - 1)]
         forge.record["tensors"]["model/up.weight"] = {"shape": [n, n], "dtype": "uint8", "pieces": pieces}
@@ -569,7 +569,7 @@ def _forged_shards() -> Iterator[Case]:
 
     yield Case("a-run-beyond-the-end", piece(5, [[0, 2**62, 8]]))
     yield Case("a-run-of-a-file-that-is-not-listed", piece(5, [[7, 0, 8]]))
-    yield Case("many-runs-of-one-byte", piece(5, [[0, 0, 1]] * 50_000))
+    yield Case("many-runs-of-one-byte", piece(5, [[0, 0, 1]] * 20_000))
     yield Case("an-empty-box", piece(4, [0]))
     yield Case("a-box-outside", piece(3, [2**62]))
     yield Case("another-tensor", piece(0, "model/other"))

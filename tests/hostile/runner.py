@@ -1,14 +1,15 @@
-"""Reads hostile runs in every way there is, each in a process of its own that may take little memory and time.
+"""Reads hostile runs in every way there is, in processes that may take little memory and time.
 
     $ python -m tests.hostile.runner FOLDER [NAME…]            those whose names fit a pattern; all by default
     $ python -m tests.hostile.runner FOLDER --share 0/2        every second one
 
-Prints one JSON object a case. The process that forks them has everything loaded, so a case costs a fork.
+Prints one JSON object a case. The process that forks them has everything loaded, so some cases cost a fork.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import gc
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,11 @@ from hpc_resume.rundir import RunDirectory
 from tests.hostile.base import items, make_run
 from tests.hostile.cases import Case, cases
 
-#: Address space that a case may take beyond what the process has taken when it is forked.
+#: Cases that are read one after the other in one process; each alone if that comes to grief.
+BATCH = 8
+#: Address space that they may take beyond what the process has taken when it is forked.
 MEMORY_BYTES = 256 << 20
-#: Processor time that a case may take.
+#: Processor time that they may take.
 CPU_S = 8
 #: ... and time on the clock, on a machine that has other things to do.
 WALL_S = 120
@@ -192,42 +195,50 @@ def _fine(way: str, what: str) -> bool:
     return what in {"ok", "findings", *OURS}
 
 
-def run_case(case: Case, base: Path, folder: Path) -> dict[str, Any]:
-    """Make a case, read it in a process of its own, and see that it has written nothing."""
-    place = folder / "case"
+def make(case: Case, base: Path, place: Path) -> None:
+    """Make a hostile run, and something beside it that it might lead to."""
     shutil.rmtree(place, ignore_errors=True)
     (place / "outside").mkdir(parents=True)
     (place / "outside" / "secret.h5").write_bytes(b"secret" * 1000)
     shutil.copytree(base, place / "run")
     case.change(place / "run")
-    before = tree(place)
+
+
+def run_batch(batch: Sequence[Case], base: Path, folder: Path) -> list[dict[str, Any]]:
+    """Make cases, read them in a process of its own, and see that it has written nothing."""
+    places = [folder / f"case-{number}" for number in range(len(batch))]
+    for case, place in zip(batch, places, strict=True):
+        make(case, base, place)
+    before = [tree(place) for place in places]
     begun = time.monotonic()
     ours, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(ours)
         limit()
-        data = json.dumps(look(place / "run")).encode()
+        outcomes = []
+        for place in places:
+            outcomes.append(look(place / "run"))
+            gc.collect()
         with os.fdopen(theirs, "wb") as pipe:
-            pipe.write(data)
+            pipe.write(json.dumps(outcomes).encode())
         os._exit(0)
     os.close(theirs)
     with os.fdopen(ours, "rb") as pipe:
         data = pipe.read()
     _, status, usage = os.wait4(pid, 0)
-    if status:
-        wrong = [f"ended by status {status}: out of time or memory"]
-    else:
-        wrong = problems(case, json.loads(data))
-    if tree(place) != before:
-        wrong.append("something was written")
-    return {
-        "name": case.name,
-        "wrong": wrong,
-        "outcome": json.loads(data) if data else None,
-        "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
-        "wall_s": round(time.monotonic() - begun, 2),
-    }
+    if status and len(batch) > 1:  # which of them was it?
+        return [result for case in batch for result in run_batch([case], base, folder)]
+    results = []
+    for number, (case, place) in enumerate(zip(batch, places, strict=True)):
+        outcome = None if status else json.loads(data)[number]
+        wrong = problems(case, outcome) if outcome else [f"ended by status {status}: out of time or memory"]
+        if tree(place) != before[number]:
+            wrong.append("something was written")
+        results.append({"name": case.name, "wrong": wrong, "outcome": outcome})
+    results[0]["cpu_s"] = round(usage.ru_utime + usage.ru_stime, 2)
+    results[0]["wall_s"] = round(time.monotonic() - begun, 2)
+    return results
 
 
 def main(folder: Path, patterns: list[str]) -> None:
@@ -238,9 +249,16 @@ def main(folder: Path, patterns: list[str]) -> None:
     if patterns[:1] == ["--share"]:
         share, shares = map(int, patterns[1].split("/"))
         patterns = []
-    for case in cases()[share::shares]:
-        if not patterns or any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns):
-            sys.stdout.write(json.dumps(run_case(case, folder / "base", folder)) + "\n")
+    chosen = [
+        case
+        for case in cases()[share::shares]
+        if not patterns or any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)
+    ]
+    gc.collect()
+    gc.freeze()  # what is there now stays: collecting after each case looks at what is new only
+    for first in range(0, len(chosen), BATCH):
+        for result in run_batch(chosen[first : first + BATCH], folder / "base", folder):
+            sys.stdout.write(json.dumps(result) + "\n")
             sys.stdout.flush()
 
 
