@@ -1,0 +1,121 @@
+"""What all verbs share: the group, its options, and how things are printed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hpc_resume._version import __version__
+from hpc_resume.errors import HpcResumeError
+from hpc_resume.untrusted import printable
+
+if TYPE_CHECKING:
+    from hpc_resume.report.tables import Table
+
+COMMAND = "hpc_resume.command"
+
+
+class Group(click.Group):
+    """Says our errors in one message, and leaves with their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a verb."""
+        try:
+            return super().invoke(ctx)
+        except HpcResumeError as error:
+            click.echo(printable(f"hpc-resume: {error}"), err=True)
+            ctx.exit(error.exit_code)
+
+
+class BeforeCommand(click.Command):
+    """A verb after whose ``--`` comes a command, word for word."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Set the command aside."""
+        if "--" in args:
+            place = args.index("--")
+            ctx.meta[COMMAND] = args[place + 1 :]
+            args = args[:place]
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Show the command in the usage line."""
+        return [*super().collect_usage_pieces(ctx), "[-- COMMAND...]"]
+
+
+run_argument = click.argument("run", type=click.Path(path_type=Path))
+as_json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+files_option = click.option(
+    "-c", "--config", "files", multiple=True, metavar="FILE", help="YAML file of settings; a later one wins."
+)
+options_option = click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting, such as checkpoint.every_s=60.",
+)
+run_dir_option = click.option("--run-dir", metavar="DIR", help="The run's folder; by default runs/NAME.")
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hpc-resume")
+def main() -> None:
+    """Training runs that outlive their jobs: submit them, look at them, verify them.
+
+    RUN is a run's folder, such as runs/gpt.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 3 nothing there, 4 corrupt, 75 interrupted and to be continued.
+    """
+
+
+@contextlib.contextmanager
+def progress_of(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show on stderr how many bytes are done, if it is a terminal; else do nothing."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(what, *columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, for programs."""
+    click.echo(json.dumps(value, indent=1))
+
+
+def print_table(table: Table) -> None:
+    """Print a table: with frames on a terminal, as plain lines elsewhere."""
+    if not sys.stdout.isatty():
+        click.echo("\n".join(table.lines()))
+        return
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    from hpc_resume.report.tables import cell_text
+
+    console = Console()  # respects NO_COLOR
+    if table.title:
+        console.print(Text(printable(table.title), style="bold"))
+    if table.rows:
+        shown = RichTable()
+        for column in table.columns:
+            shown.add_column(column, justify="right" if column in table.right else "left")
+        for row in table.rows:
+            shown.add_row(*(Text(cell_text(cell)) for cell in row))
+        console.print(shown)
+    if table.note:
+        console.print(Text(printable(table.note)))

@@ -1,0 +1,166 @@
+"""Verbs about jobs: submit one, look how its run is, end it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hpc_resume.cli.common import (
+    COMMAND,
+    BeforeCommand,
+    as_json_flag,
+    files_option,
+    main,
+    options_option,
+    print_json,
+    print_table,
+    run_argument,
+    run_dir_option,
+)
+from hpc_resume.errors import EXIT_FAILED, HpcResumeError, UsageError
+
+if TYPE_CHECKING:
+    from hpc_resume.config import Config
+    from hpc_resume.job import Job
+
+
+@main.command(cls=BeforeCommand)
+@click.argument("target", required=False)
+@files_option
+@options_option
+@click.option("--set", "arguments", multiple=True, metavar="KEY=VALUE", help="An argument of the function.")
+@run_dir_option
+@click.option(
+    "--wait", is_flag=True, help="Wait for the end, telling what happens; leaves with 1 if it fails."
+)
+@as_json_flag
+@click.pass_context
+def submit(
+    ctx: click.Context,
+    target: str | None,
+    files: Sequence[str],
+    options: Sequence[str],
+    arguments: Sequence[str],
+    run_dir: str | None,
+    wait: bool,
+    as_json: bool,
+) -> None:
+    """Submit a run: TARGET is FILE.py:FUNCTION or MODULE:FUNCTION; or give a command after --.
+
+    Prints the run's folder.
+    """
+    from hpc_resume.job import Job
+    from hpc_resume.launch.entry import make_entry
+    from hpc_resume.launch.submit import submit_entry
+    from hpc_resume.values import parse_assignments
+
+    command: list[str] | None = ctx.meta.get(COMMAND)
+    if (target is None) == (command is None):
+        raise UsageError("give either FILE.py:FUNCTION or, after --, a command: hpc-resume submit --help")
+    kwargs = parse_assignments(arguments, flag="--set")
+    entry = make_entry(target or command or [], kwargs)
+    job = Job(submit_entry(entry, _load(files, options), run_dir=run_dir, kwargs=kwargs))
+    if not as_json:
+        click.echo(str(job.run_dir))
+    click.echo(f"submitted job {job.id}; look at it: hpc-resume status {_short(job.run_dir)}", err=True)
+    state = _follow(job) if wait else job.state
+    if as_json:
+        print_json({"job_id": job.id, "run_dir": str(job.run_dir), "state": state})
+    if wait and state != "COMPLETED":
+        click.echo(f"the end of rank 0's log:\n{_tail(job)}", err=True)
+        ctx.exit(EXIT_FAILED)
+
+
+@main.command(cls=BeforeCommand)
+@files_option
+@options_option
+@run_dir_option
+@click.pass_context
+def script(ctx: click.Context, files: Sequence[str], options: Sequence[str], run_dir: str | None) -> None:
+    """Print the sbatch script that runs a command, which comes after --."""
+    from hpc_resume.launch.entry import CommandEntry
+    from hpc_resume.launch.script import render
+    from hpc_resume.launch.submit import resolve
+
+    command = tuple(ctx.meta.get(COMMAND, ()))
+    if not command:
+        raise UsageError(
+            "no command was given; put it after --, such as: hpc-resume script -- python train.py"
+        )
+    config = resolve(CommandEntry(command=command), _load(files, options), run_dir=run_dir, kwargs={})
+    click.echo(render(config, command=command, run_dir=Path(config.run_dir)), nl=False)
+
+
+@main.command()
+@run_argument
+@as_json_flag
+def status(run: Path, as_json: bool) -> None:
+    """Tell how a run is: its attempts, why each ended, what was lost."""
+    from hpc_resume.report.status import status as read_status
+    from hpc_resume.report.tables import status_table
+
+    found = read_status(run)
+    print_json(found.to_json()) if as_json else print_table(status_table(found))
+
+
+@main.command()
+@run_argument
+def cancel(run: Path) -> None:
+    """End a run's job for good; its ranks may save first."""
+    from hpc_resume.job import Job
+
+    job = Job.of(run)
+    before = job.state
+    job.cancel()
+    click.echo(
+        f"job {job.id} was {before}; cancelled"
+        if not job.over(before)
+        else f"job {job.id} is {before} already",
+        err=True,
+    )
+
+
+def _load(files: Sequence[str], options: Sequence[str]) -> Config:
+    import os
+
+    from hpc_resume.config import Config
+    from hpc_resume.values import parse_assignments
+
+    return Config.load(list(files), overrides=parse_assignments(options, flag="-o"), environ=os.environ)
+
+
+def _follow(job: Job) -> str:
+    """Wait for a job's end, and say on stderr when an attempt begins and ends."""
+    from hpc_resume.report.tables import attempt_sentence, status_table
+
+    said: set[str] = set()
+    while True:
+        state = job.state
+        for attempt in job.status().attempts:
+            sentence = attempt_sentence(attempt)
+            if sentence not in said:
+                said.add(sentence)
+                click.echo(sentence, err=True)
+        if job.over(state):
+            break
+        time.sleep(0.2)
+    click.echo("\n".join(status_table(job.status()).lines()), err=True)
+    return state
+
+
+def _tail(job: Job, lines: int = 15) -> str:
+    try:
+        return "\n".join(job.log().splitlines()[-lines:])
+    except HpcResumeError as error:
+        return str(error)
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
