@@ -129,3 +129,12 @@ def test_what_is_quarantined_is_the_link_and_not_what_it_leads_to(tmp_path):
     assert not folder.exists()
     assert min(path.name for path in outside.iterdir()) == "manifest.json"
     assert [path for path in run.quarantine.iterdir() if path.is_symlink()] != []
+
+
+def test_the_folder_of_all_checkpoints_may_be_a_link(tmp_path):
+    """To another filesystem, say; what is in it may not."""
+    run = make_run(tmp_path / "run")
+    run.checkpoints.rename(tmp_path / "elsewhere")
+    run.checkpoints.symlink_to(tmp_path / "elsewhere")
+    assert verify_run(run.root) == []
+    assert store.find(run)[1].step == CHANGED
