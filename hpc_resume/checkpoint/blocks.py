@@ -17,9 +17,10 @@ from hpc_resume.checkpoint.boxes import Box
 
 #: Longest block: what is compared, and written anew if it differs, by an incremental save.
 BLOCK_BYTES = 128 * 1024
-#: ... of a table with many rows, of which an optimizer may touch few.
+#: ... of a table with many short rows, of which an optimizer may touch few.
 TABLE_BLOCK_BYTES = 16 * 1024
 _TABLE_ROWS = 8192
+_TABLE_ROW_BYTES = 1024
 #: Longest segment. Source: measured; still in the cache when it is hashed after it was read, and the call of the
 #: hash function and the interpreter's lock cost little against it.
 SEGMENT_BYTES = 1 << 20
@@ -75,7 +76,9 @@ def _cut(extent: int, first: int, rows: int, length: int) -> Partitions:
         if chunk * row_bytes >= _SHORTEST_CUT_BYTES:
             cuts.update(row - first for row in range(chunk, extent, chunk) if first < row < first + rows)
     edges: list[int] = []
-    block_bytes = TABLE_BLOCK_BYTES if extent >= _TABLE_ROWS else BLOCK_BYTES
+    block_bytes = (
+        TABLE_BLOCK_BYTES if extent >= _TABLE_ROWS and row_bytes <= _TABLE_ROW_BYTES else BLOCK_BYTES
+    )
     step = block_bytes // row_bytes
     for low, high in pairwise(sorted(cuts)):
         if step:

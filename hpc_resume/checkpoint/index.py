@@ -25,10 +25,10 @@ from hpc_resume.checkpoint.blocks import (
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.dtypes import item_bytes
 from hpc_resume.checkpoint.fields import listed
-from hpc_resume.checkpoint.structure import MAX_NAME_LENGTH, check_shape
+from hpc_resume.checkpoint.structure import check_names, check_shape
 from hpc_resume.errors import IntegrityError
 from hpc_resume.rundir import is_checkpoint_name
-from hpc_resume.untrusted import brief, check_text, parse_json
+from hpc_resume.untrusted import brief, parse_json
 
 SHARD_FILE = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}(?:\.by-[0-9]{5,9})?\.h5")
 #: A longer index or table is neither written nor read: 20,000 tensors take 3 MB, a checksum for each of 2 TB 128 MB.
@@ -242,9 +242,7 @@ def _check_types(pieces: Any) -> None:
         raise TypeError("a name or an element type that is no string")
     if numbers and (max(numbers) >= 1 << 63 or min(numbers) <= -1 << 63):
         raise ValueError("a number of more than 64 bits")
-    if names and max(map(len, names)) > MAX_NAME_LENGTH:
-        raise ValueError(f"a name of more than {MAX_NAME_LENGTH} characters")
-    check_text("".join(names))
+    check_names(names)
 
 
 def _check(entry: Entry, files: int, size_bytes: int, blocks: int) -> int:

@@ -88,8 +88,8 @@ class ShardWriter:
     Parameters
     ----------
     threads
-        Threads that hash and write; each has a buffer of :data:`CHUNK_BYTES`, unless everything that it
-        writes lies in an arena.
+        Writes at a time. One thread more hashes; each has a buffer of :data:`CHUNK_BYTES`, unless everything
+        that it writes lies in an arena.
     fs
         The filesystem.
     direct
@@ -100,7 +100,9 @@ class ShardWriter:
         self._threads = max(threads, 1)
         self._fs = fs
         self._direct = direct
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="hpc-resume-write")
+        # One thread more than write at a time: it hashes the next chunk meanwhile.
+        self._pool = ThreadPoolExecutor(self._threads + 1, thread_name_prefix="hpc-resume-write")
+        self._writing = threading.Semaphore(self._threads)
         self._own = threading.local()
 
     def close(self) -> None:
@@ -238,15 +240,16 @@ class ShardWriter:
         else:
             buffer = self._buffer()[: padded - begin]
             contents.copy(begin, end, buffer)
-        try:
-            self._fs.write_all(fd, buffer.data, begin)
-        except OSError as error:
-            if error.errno not in _NOT_DIRECT:
-                raise
-            # Opened so, but not written so (or what was left after a short write is not aligned). Another
-            # thread may have been here already.
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-            self._fs.write_all(fd, buffer.data, begin)
+        with self._writing:
+            try:
+                self._fs.write_all(fd, buffer.data, begin)
+            except OSError as error:
+                if error.errno not in _NOT_DIRECT:
+                    raise
+                # Opened so, but not written so (or what was left after a short write is not aligned). Another
+                # thread may have been here already.
+                fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+                self._fs.write_all(fd, buffer.data, begin)
 
     def _buffer(self) -> Bytes:
         """Give the page-aligned buffer of the calling thread."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -230,17 +230,18 @@ class Structure:
         for layout in record["layouts"]:
             layouts.append(Layout.from_json(layout, world_size=world_size, most_ranks=room))
             room -= len(layouts[-1].ranks)
-        tensors = {}
+        tensors: dict[str, TensorRecord] = {}
+        check_names(record["tensors"])
+        # Thousands of tensors are of few kinds: each is checked once, and one record serves all of it.
+        kinds: dict[str, TensorRecord] = {}
         for name, entry in record["tensors"].items():
-            check_name(name)
-            shape = integers(entry["shape"])
-            dtype = string(entry["dtype"])
             if "layout" in entry:
-                number = integer(entry["layout"])
-                if not 0 <= number < len(layouts):
-                    raise IntegrityError(f"{name:.100}: layout {number} of {len(layouts)}")
-                tensors[name] = TensorRecord(shape, dtype, layouts[number])
+                kind = repr(entry)
+                if kind not in kinds:
+                    kinds[kind] = _kind(name, entry, layouts)
+                tensors[name] = kinds[kind]
                 continue
+            shape, dtype = integers(entry["shape"]), string(entry["dtype"])
             pieces = []
             for owner, start, size in entry["pieces"]:
                 if not 0 <= integer(owner) < world_size:
@@ -248,6 +249,13 @@ class Structure:
                 pieces.append((owner, Box(integers(start), integers(size))))
             tensors[name] = TensorRecord(shape, dtype, None, tuple(pieces))
         return cls(tensors)
+
+
+def _kind(name: str, entry: Mapping[str, Any], layouts: Sequence[Layout]) -> TensorRecord:
+    number = integer(entry["layout"])
+    if not 0 <= number < len(layouts):
+        raise IntegrityError(f"{name:.100}: layout {brief(number)} of {len(layouts)}")
+    return TensorRecord(integers(entry["shape"]), string(entry["dtype"]), layouts[number])
 
 
 _compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -315,11 +323,18 @@ def string(value: Any) -> str:
     return check_text(value)
 
 
-def check_name(name: Any) -> str:
+def check_name(name: str) -> str:
     """Return a tensor's name as it is; a ValueError if there can be none."""
-    if len(string(name)) > MAX_NAME_LENGTH:
-        raise ValueError(f"{brief(name)}: a name of {len(name)} characters, more than {MAX_NAME_LENGTH}")
-    return str(name)
+    check_names((name,))
+    return name
+
+
+def check_names(names: Collection[str]) -> None:
+    """Check that there can be tensors of these names; a ValueError if not."""
+    longest = max(map(len, names), default=0)
+    if longest > MAX_NAME_LENGTH:
+        raise ValueError(f"a name of {longest} characters, more than {MAX_NAME_LENGTH}")
+    check_text("".join(names))
 
 
 @lru_cache(maxsize=1 << 14)

@@ -105,6 +105,7 @@ def test_the_page_tells_the_numbers_of_today():
         f"{blocks.BLOCK_BYTES // 1024} KiB",
         f"{blocks.TABLE_BLOCK_BYTES // 1024} KiB",
         f"{blocks._TABLE_ROWS:,} rows",
+        f"{blocks._TABLE_ROW_BYTES:,} bytes",
         f"{blocks.SEGMENT_BYTES // 2**20} MiB",
         f"{blocks.SINGLE_BLOCK_BYTES // 1024} KiB",
         ", ".join(map(str, blocks._ROW_CUTS)),
