@@ -93,12 +93,13 @@ def _ours(ranks: int, tensors: int) -> tuple[float, Manifest]:
         write_s=1.0,
     )
     receipts = []
+    assert carries_structure(structure, 0)
     for rank in range(ranks):
         receipt = replace(
             one,
             by=rank,
             shard=_shard(rank, ranks),
-            structure=structure if carries_structure(structure, rank) else None,
+            structure=structure if rank == 0 else None,  # the lowest of those that hold it carries it
             objects={} if rank == 0 else None,
         )
         receipts.append(Receipt.parse(receipt.to_bytes()))

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 #: One system call reads this much, and it is verified while it is still in the cache.
 _READ_BYTES = SEGMENT_BYTES
-#: One thread's task.
-_TASK_BYTES = 8 << 20
+#: One thread's task: long enough that handing it over costs nothing beside it.
+_TASK_BYTES = 24 << 20
 #: Small boxes that lie this close together are read in one go.
 _GAP_BYTES = 4096
 

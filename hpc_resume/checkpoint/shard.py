@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from hpc_resume.checkpoint.blocks import Partitions
+from hpc_resume.checkpoint.blocks import SEGMENT_BYTES, Partitions
 from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.image import ALIGN_BYTES, Image
 from hpc_resume.checkpoint.index import index_digest
@@ -180,10 +180,7 @@ class ShardWriter:
         with paused_collector():
             contents = _Contents(image, data, cuts)
         first, last = image.table[0], image.table[0] + image.table[1]
-        chunks = [
-            (begin, min(begin + CHUNK_BYTES, image.size_bytes))
-            for begin in range(0, image.size_bytes, CHUNK_BYTES)
-        ]
+        chunks = list(_chunks(image.size_bytes, first, last))
         late = [chunk for chunk in chunks if chunk[1] > first and chunk[0] < last]
 
         def work(chunk: tuple[int, int]) -> None:
@@ -289,17 +286,22 @@ class _Contents:
             self._spans.insert(at, (self._table_at, np.frombuffer(table, np.uint8)))
 
     def blocks_in(self, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
-        """Give the blocks and segments that begin in a range of the file, with the places of their checksums."""
-        first = max(bisect_right(self._hashed_starts, begin) - 1, 0)
-        for start, jobs in self._hashed[first:]:
-            if start >= end:
-                return
-            for job in jobs:
-                view, edges = job.piece.data, job.edges
-                number = bisect_left(edges, begin - start)
-                while number < len(edges) - 1 and start + edges[number] < end:
-                    yield job.first + number, view[edges[number] : edges[number + 1]]
-                    number += 1
+        """Give the blocks and segments that begin in a range of the file, with the places of their checksums.
+
+        Both of a mebibyte come one after the other: it is read from memory once, and then from the cache.
+        """
+        for low in range(begin, end, SEGMENT_BYTES):
+            high = min(low + SEGMENT_BYTES, end)
+            for place in range(max(bisect_right(self._hashed_starts, low) - 1, 0), len(self._hashed)):
+                start, jobs = self._hashed[place]
+                if start >= high:
+                    break
+                for job in jobs:
+                    view, edges = job.piece.data, job.edges
+                    number = bisect_left(edges, low - start)
+                    while number < len(edges) - 1 and start + edges[number] < high:
+                        yield job.first + number, view[edges[number] : edges[number + 1]]
+                        number += 1
 
     def copy(self, begin: int, end: int, buffer: Bytes) -> None:
         """Copy a range of the file into a buffer, and zeros behind it."""
@@ -315,6 +317,15 @@ class _Contents:
             np.copyto(buffer[low - begin : high - begin], content[low - start : high - start])
             position = high
         buffer[position - begin :] = 0
+
+
+def _chunks(size_bytes: int, table_first: int, table_last: int) -> Iterator[tuple[int, int]]:
+    """Cut a file into what is written at a time; the pages of the table, which is known last, by themselves."""
+    low = table_first // ALIGN_BYTES * ALIGN_BYTES
+    high = min(-(-table_last // ALIGN_BYTES) * ALIGN_BYTES, size_bytes)
+    for first, last in ((0, low), (low, high), (high, size_bytes)):
+        for begin in range(first, last, CHUNK_BYTES):
+            yield begin, min(begin + CHUNK_BYTES, last)
 
 
 def _placed(extents: Sequence[tuple[int, int]], data: Sequence[Bytes]) -> Iterator[tuple[int, Bytes]]:

@@ -145,7 +145,7 @@ def test_three_failed_saves_in_a_row_end_the_attempt_on_all_ranks(tmp_path):
     assert attempt.wait() == [75, 75], attempt.log.read_text()
     assert [event["step"] for event in events(run_dir, 1, "save_failed")] == [8, 12, 16]
     message = "SaveError: 3 checkpoints in a row were not committed, the last one of step 16: rank 1 on"
-    assert attempt.log.read_text().count(message) >= 2  # one for each rank
+    assert message in attempt.log.read_text()  # a rank may learn it from the other one's leaving
     attempt = Attempt(run_dir, 2, train, 6)
     assert attempt.wait() == [0, 0], attempt.log.read_text()
     assert events(run_dir, 2, "restored")[0]["step"] == 4
