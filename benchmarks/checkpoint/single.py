@@ -57,6 +57,14 @@ def saves(folder: Path, *, quick: bool) -> Iterator[Result]:
         target=1.06,
         n=n,
     )
+    snapshot = ours.snapshot(stage=True)
+    yield compare(
+        "why: the same without hashing and commit",
+        lambda: ours.unhashed_write(snapshot),
+        lambda: raw.write(direct=True),
+        target=None,
+        n=n,
+    )
 
 
 def async_saves(folder: Path, *, quick: bool) -> Iterator[Result]:
@@ -152,6 +160,14 @@ def loads(folder: Path, *, quick: bool) -> Iterator[Result]:
         n=n,
         warm_up=2,
     )
+    snapshot = ours.snapshot(stage=True)
+    yield compare(
+        "why: hashing all bytes alone, not even hot from being read, against raw preadv",
+        lambda: ours.hashing(snapshot, -1),
+        lambda: raw.read(shard, outs),
+        target=None,
+        n=n,
+    )
     peer = Dcp(folder, state, threads=THREADS)
     peer.save()
     yield compare(
@@ -226,6 +242,14 @@ def incremental(folder: Path, *, quick: bool) -> Iterator[Result]:
     yield summarise("incremental, 2 % changed: time, against a whole save", times, target=0.15)
     yield summarise(
         "incremental, 2 % changed: bytes, against a whole save", sizes, target=0.025, unit="bytes"
+    )
+    snapshot = whole.snapshot(stage=False)
+    yield compare(
+        "why: hashing all blocks alone, against a whole save",
+        lambda: whole.hashing(snapshot, 0),
+        whole.timed_save,
+        target=None,
+        n=n,
     )
     into = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     chained.load(into)
