@@ -254,7 +254,6 @@ def incremental(folder: Path, *, quick: bool) -> Iterator[Result]:
     into = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     chained.load(into)
     assert all(torch.equal(tensor, into[name]) for name, tensor in state.items())
-    del chained, whole
     yield from _kinds_of_training(folder, quick=quick)
 
 
