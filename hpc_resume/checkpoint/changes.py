@@ -7,7 +7,7 @@ are, and the manifest names every checkpoint that must be kept.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from hpc_resume.checkpoint.blocks import Partitions, count_checksums
+from hpc_resume.checkpoint.blocks import Edges, Partitions, count_checksums
 from hpc_resume.checkpoint.image import Image, Piece, changed_image
 from hpc_resume.checkpoint.index import Entry, Run
 from hpc_resume.checkpoint.shard import Bytes, Job, ShardWriter
@@ -77,22 +77,29 @@ class Changes:
     ) -> Changes:
         """Hash a snapshot and compare it with a base.
 
-        Of segments only those are hashed in which a block differs.
+        Segments first: of blocks only those are hashed that lie in a segment that differs.
         """
         old = np.frombuffer(base.checksums, np.uint64)
         table = old.copy()
         firsts = [0, *accumulate(count_checksums(cut) for cut in cuts)]
-        blocks = [Job(first, piece, cut[0]) for first, piece, cut in zip(firsts, data, cuts, strict=False)]
+        coarse = [
+            Job(first + count_checksums(cut[:-1]), piece, cut[-1])
+            for first, piece, cut in zip(firsts, data, cuts, strict=False)
+        ]
+        writer.hash(coarse, table)
+        touched = [table[job.first : job.last] != old[job.first : job.last] for job in coarse]
+        blocks: list[Job] = []
+        for first, job, cut, flags in zip(firsts, coarse, cuts, touched, strict=False):
+            if len(cut) > 1 and flags.any():
+                blocks += _blocks_of_segments(Job(first, job.piece, cut[0]), cut[1], flags)
         writer.hash(blocks, table)
-        changed, segments, changed_bytes = [], [], 0
-        for job, cut in zip(blocks, cuts, strict=True):
-            last = job.first + len(cut[0]) - 1
-            flags = table[job.first : last] != old[job.first : last]
+        changed, changed_bytes = [], 0
+        for first, cut in zip(firsts, cuts, strict=False):
+            last = first + len(cut[0]) - 1
+            flags = table[first:last] != old[first:last]
             changed.append(flags)
             if flags.any():
                 changed_bytes += int(np.diff(cut[0])[flags].sum())
-                segments += list(_touched_segments(job, cut, flags))
-        writer.hash(segments, table)
         return cls(
             base=base,
             checksums=table.tobytes(),
@@ -143,15 +150,12 @@ class Changes:
         return changed_image(position, entries_at, tuple(files), len(self.checksums) // 8), own
 
 
-def _touched_segments(job: Job, cut: Partitions, flags: npt.NDArray[np.bool_]) -> Iterator[Job]:
-    """Give the segments of a piece in which a block differs; ``job`` are its blocks."""
-    if len(cut) == 1:
-        return
-    blocks, segments = cut
-    first = job.first + len(blocks) - 1
-    touched = {bisect_right(segments, blocks[number]) - 1 for number in np.flatnonzero(flags).tolist()}
-    for number in sorted(touched):
-        yield Job(first + number, job.piece, segments[number : number + 2])
+def _blocks_of_segments(job: Job, segments: Edges, flags: npt.NDArray[np.bool_]) -> Iterator[Job]:
+    """Give the blocks of a piece that lie in segments that differ; ``job`` are all of its blocks."""
+    for number in np.flatnonzero(flags).tolist():
+        low = bisect_left(job.edges, segments[number])
+        high = bisect_left(job.edges, segments[number + 1])
+        yield Job(job.first + low, job.piece, job.edges[low : high + 1])
 
 
 def _stretches(flags: npt.NDArray[np.bool_], edges: Sequence[int]) -> Iterator[tuple[int, int, bool]]:

@@ -159,19 +159,33 @@ class CheckpointReader:
         if whole.volume and stored != record.size_bytes:
             raise IntegrityError(f"{self.folder}: {name}: {stored} bytes of {record.size_bytes} are stored")
 
-    def _parts(self, wanted: Wanted) -> Iterator[tuple[int, _Part]]:
+    def _parts(self, wanted: Wanted) -> list[tuple[int, _Part]]:
         record = self.manifest.structure.tensors[wanted.name]
-        if wanted.box is not Box.whole(record.shape) and not wanted.box.within(record.shape):
+        whole = Box.whole(record.shape)
+        if wanted.box is whole and record.layout is not None and len(record.layout.ranks) == 1:
+            if record.layout.splits or not whole.volume:
+                return self._all_parts(wanted)
+            # Thousands of small tensors are like this: stored whole by one rank, and wanted whole.
+            rank = record.layout.ranks[0]
+            file, number = self._find(wanted.name, rank, whole)
+            return [(rank, _Part(file, number, file.index.entries[number], whole, wanted.out))]
+        if wanted.box is not whole and not wanted.box.within(record.shape):
             raise ValueError(f"{wanted.name}: {wanted.box} is not within {record.shape}")
+        return self._all_parts(wanted)
+
+    def _all_parts(self, wanted: Wanted) -> list[tuple[int, _Part]]:
+        found = []
         for rank, box in self.manifest.structure.parts(wanted.name, wanted.box):
             file, number = self._find(wanted.name, rank, box)
             entry = file.index.entries[number]
             if box is wanted.box or box == wanted.box:
-                yield rank, _Part(file, number, entry, box, wanted.out)
+                found.append((rank, _Part(file, number, entry, box, wanted.out)))
                 continue
             part = box.intersect(wanted.box)
             assert part is not None
-            yield rank, _Part(file, number, entry, part, wanted.out[part.slices_in(wanted.box)])
+            out = wanted.out[part.slices_in(wanted.box)]
+            found.append((rank, _Part(file, number, entry, part, out)))
+        return found
 
     def _find(self, name: str, rank: int, box: Box) -> tuple[ShardFile, int]:
         """Find a stored box in its shard's index."""

@@ -81,6 +81,11 @@ class Job:
     piece: Bytes
     edges: Sequence[int]
 
+    @property
+    def last(self) -> int:
+        """Place one past the last checksum."""
+        return self.first + len(self.edges) - 1
+
 
 class ShardWriter:
     """Writes shards; keeps its threads and buffers from one to the next.
