@@ -24,6 +24,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axes.text(row.ratio * 1.06, place, f"{row.ratio:.3g}", va="center", fontsize=7, color="#222222")
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
     axes.set_xscale("log")
+    axes.set_ylim(-0.8, len(rows) - 0.2)
     axes.axvline(1.0, color="#999999", linewidth=0.8, linestyle=":")
     axes.set_xlabel("ours ÷ theirs (log scale); the black mark is the target", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
