@@ -59,16 +59,6 @@ class Box:
             slice(a - b, a - b + n) for a, b, n in zip(self.start, outer.start, self.size, strict=True)
         )
 
-    def element_range_in(self, outer: Box) -> tuple[int, int]:
-        """Smallest contiguous range ``[first, last)`` of ``outer``'s elements (C order) that holds this box."""
-        if self.volume == 0:
-            return 0, 0
-        first = last = 0
-        for a, b, n, extent in zip(self.start, outer.start, self.size, outer.size, strict=True):
-            first = first * extent + (a - b)
-            last = last * extent + (a - b + n - 1)
-        return first, last + 1
-
 
 #: So many boxes are compared pair by pair; more must be told apart by cuts.
 _FEW = 32

@@ -62,6 +62,18 @@ class WrittenShard:
     digest: str
     rest: str
 
+    @classmethod
+    def of(cls, image: Image, checksums: bytes) -> WrittenShard:
+        """Say it of a file that is its image with these checksums."""
+        return cls(
+            size_bytes=image.size_bytes,
+            index=image.index,
+            table=image.table,
+            checksums=checksums,
+            digest=index_digest(image.index_bytes, checksums),
+            rest=image.rest_digest(checksums),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -162,14 +174,7 @@ class ShardWriter:
         with self._fs.replacing(path, os.O_RDWR, opener) as fd:
             table = self._fill(fd, image, data, cuts, table, arena)
             self._fs.truncate(fd, image.size_bytes)
-        return WrittenShard(
-            size_bytes=image.size_bytes,
-            index=image.index,
-            table=image.table,
-            checksums=table,
-            digest=index_digest(image.index_bytes, table),
-            rest=image.rest_digest(table),
-        )
+        return WrittenShard.of(image, table)
 
     def _fill(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import xxhash
 from hpc_resume.checkpoint.blocks import count_checksums
 from hpc_resume.checkpoint.dtypes import name_of
 from hpc_resume.checkpoint.image import Piece, full_image
-from hpc_resume.checkpoint.index import index_digest
 from hpc_resume.checkpoint.shard import WrittenShard
 from hpc_resume.checkpoint.snapshot import bytes_of
 from hpc_resume.errors import StateError
@@ -57,10 +57,8 @@ def write_streamed(
     first = [0]
     for piece in pieces:
         first.append(first[-1] + count_checksums(piece.cut))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fd = fs.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
 
-    def work(number: int) -> None:
+    def work(fd: int, number: int) -> None:
         piece, tensor = pieces[number], load(number)
         if tuple(tensor.shape) != piece.box.size or name_of(tensor.dtype) != piece.dtype:
             raise StateError(
@@ -73,28 +71,13 @@ def write_streamed(
             table[place] = xxhash.xxh3_64_intdigest(data[low:high])
         fs.write_all(fd, data, image.data[number][0])
 
-    try:
+    with fs.replacing(path, os.O_RDWR) as fd:
         fs.truncate(fd, image.size_bytes)
         with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="hpc-resume-stream") as pool:
-            for _ in pool.map(work, range(len(pieces))):
+            for _ in pool.map(partial(work, fd), range(len(pieces))):
                 pass
         checksums = table.tobytes()
         fs.write_all(fd, checksums, image.table[0])
         for at, content in image.segments:
             fs.write_all(fd, content, at)
-        fs.fsync(fd)
-    except BaseException:
-        fs.unlink(temporary)
-        raise
-    finally:
-        fs.close(fd)
-    fs.rename(temporary, path)
-    fs.fsync_dir(path.parent)
-    return WrittenShard(
-        size_bytes=image.size_bytes,
-        index=image.index,
-        table=image.table,
-        checksums=checksums,
-        digest=index_digest(image.index_bytes, checksums),
-        rest=image.rest_digest(checksums),
-    )
+    return WrittenShard.of(image, checksums)

@@ -1,5 +1,3 @@
-import math
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,15 +16,6 @@ def test_intersections_are_those_of_sets(case):
     common = one.intersect(other)
     assert (indices(common) if common else set()) == indices(one) & indices(other)
     assert common is None or common.volume
-
-
-@quick
-@given(pairs())
-def test_element_ranges_are_the_smallest(case):
-    shape, inner, _ = case
-    first, last = inner.element_range_in(Box.whole(shape))
-    flat = sorted(sum(i * math.prod(shape[d + 1 :]) for d, i in enumerate(index)) for index in indices(inner))
-    assert (first, last) == ((flat[0], flat[-1] + 1) if flat else (0, 0))
 
 
 @st.composite
