@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -16,8 +15,6 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -28,167 +25,26 @@ from pydantic import (
 from hpc_resume.errors import ConfigError
 from hpc_resume.files import DISK, Filesystem
 from hpc_resume.rundir import RunDirectory
+from hpc_resume.settings import (
+    BudgetSettings,
+    CheckpointSettings,
+    EntrySettings,
+    EnvironmentSettings,
+    Lead,
+    NodeType,
+    Seconds,
+    Settings,
+    SlurmSettings,
+    StopSettings,
+)
 from hpc_resume.values import merge, parse_value, put, read_yaml
 
 PREFIX = "HPC_RESUME_"
 #: Variables with our prefix that launchers set and that are no settings.
 WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH"})
-_CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
-def _seconds(value: object) -> object:
-    """Read Slurm's spellings of a time (``D-HH:MM:SS``, ``HH:MM:SS``, ``MM:SS``); numbers are seconds.
-
-    Source: sbatch(1), ``--time``. A bare number is left to pydantic: our settings are in seconds.
-    """
-    match = _CLOCK.fullmatch(value) if isinstance(value, str) else None
-    if match is None or not (match[1] or match[3]):
-        return value
-    days, first, second, third = (int(part or 0) for part in match.groups())
-    if match[1] is not None or match[4] is not None:
-        return ((days * 24 + first) * 60 + second) * 60 + third
-    return first * 60 + second
-
-
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
-Lead = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        coerce_numbers_to_str=True,
-        hide_input_in_errors=True,
-    )
-
-
-class NodeType(_Settings):
-    """What one allocation consists of."""
-
-    name: str = "default"
-    """What the type is called in tables and manifests."""
-    ranks: Count = 1
-    """Processes; under Slurm ``nodes`` x ``tasks_per_node``, which is filled in."""
-    nodes: Count = 1
-    tasks_per_node: Count = 1
-    cpus_per_task: Count | None = None
-    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
-    mem_gb: Annotated[float, Field(gt=0)] | None = None
-    """Memory of each node."""
-    partition: str | None = None
-    constraint: str | None = None
-    time_limit_s: Seconds | None = None
-    """Overrides the run's time limit."""
-    preempt_after_s: Seconds | None = None
-    """Embedded scheduler: preempts the attempt that long after it began."""
-    grace_s: Lead = 30.0
-    """Embedded scheduler: from the notice of a preemption to the end."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_shape(cls, values: Any) -> Any:
-        """Derive ``ranks`` from the shape, or ``tasks_per_node`` from ``ranks``."""
-        if not isinstance(values, Mapping):
-            return values
-        filled = dict(values)
-        try:
-            nodes, ranks = int(filled.get("nodes", 1)), int(filled.get("ranks", 0))
-            tasks = int(filled.get("tasks_per_node", 0))
-        except (TypeError, ValueError):
-            return filled  # the fields' own checks say it better
-        if "ranks" not in filled:
-            filled["ranks"] = nodes * max(tasks, 1)
-        elif "tasks_per_node" not in filled and nodes > 0 and ranks > 0 and ranks % nodes == 0:
-            filled["tasks_per_node"] = ranks // nodes
-        return filled
-
-    @model_validator(mode="after")
-    def _check_shape(self) -> NodeType:
-        if self.ranks != self.nodes * self.tasks_per_node:
-            raise ValueError(
-                f"ranks is {self.ranks}, but nodes x tasks_per_node is {self.nodes} x {self.tasks_per_node}; "
-                "give nodes and tasks_per_node only, or ranks only"
-            )
-        return self
-
-
-class SlurmSettings(_Settings):
-    """What ``sbatch`` and ``srun`` are told besides the node type."""
-
-    account: str | None = None
-    qos: str | None = None
-    exclude: str | None = None
-    nodelist: str | None = None
-    gres: str | None = None
-    requeue: bool = True
-    """Submit with ``--requeue``; off where PreemptMode=CANCEL makes it pointless."""
-    additional_parameters: dict[str, Any] = Field(default_factory=dict)
-    """Any other ``#SBATCH`` line, as name: value, without the dashes."""
-    srun_args: tuple[str, ...] = ()
-    container: tuple[str, ...] = ()
-    """Words before the command on srun's line, such as ``[apptainer, exec, --nv, image.sif]``."""
-
-
-class EnvironmentSettings(_Settings):
-    """How the processes of a job find their software."""
-
-    setup: tuple[str, ...] = ()
-    """Shell lines before the processes start: ``module load``, ``source .../activate``."""
-    python: str | None = None
-    """Interpreter of the job; without it the one that submits."""
-    variables: dict[str, str] = Field(default_factory=dict)
-
-
-class CheckpointSettings(_Settings):
-    """When a checkpoint is taken, and how it is written."""
-
-    every_steps: Count | None = None
-    every_s: Seconds | None = 600.0
-    threads: Count = 2
-    """Writing threads of each rank."""
-    asynchronous: bool = True
-    """Periodic checkpoints are copied aside and written while training goes on."""
-    host_memory_gb: Annotated[float, Field(ge=0)] | None = None
-    """For the copy of one rank, else a quarter of the node's for all; a larger state makes training wait."""
-    direct: bool = True
-    """Write past the page cache (O_DIRECT) where the filesystem can."""
-    longest_chain: Annotated[int, Field(ge=0)] = 8
-    """How many older checkpoints one may refer to for bytes that have not changed; 0: each one is whole."""
-    dead_after_s: Seconds = 30.0
-    """A rank whose part of the last save comes this long after another's counts as dead: others write it."""
-
-
-class StopSettings(_Settings):
-    """How long a stop may take."""
-
-    agreement_s: Seconds = 30.0
-    """For all ranks to agree on the last step."""
-    watchdog_s: Seconds = 60.0
-    """From the request to stop until it gives up waiting for a step boundary."""
-    kill_wait_s: Seconds = 30.0
-    """Embedded scheduler: from SIGTERM to SIGKILL."""
-
-
-class BudgetSettings(_Settings):
-    """How often a run is continued."""
-
-    max_idle: Count = 3
-    """Attempts in a row without progress after which the run is not continued."""
-
-
-class EntrySettings(_Settings):
-    """What is run; recorded by submit."""
-
-    target: str | None = None
-    """``file.py:function`` or ``package.module:function``."""
-    command: tuple[str, ...] = ()
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-
-
-class Config(_Settings):
+class Config(Settings):
     """All settings of a run; ``Config()`` is complete and valid.
 
     Raises

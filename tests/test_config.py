@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpc_resume.config import Config, NodeType
+from hpc_resume.config import Config
 from hpc_resume.errors import ConfigError
 from hpc_resume.rundir import RunDirectory
+from hpc_resume.settings import NodeType
 from hpc_resume.values import parse_assignments, parse_value
 
 

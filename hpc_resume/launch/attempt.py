@@ -12,7 +12,7 @@ from hpc_resume.errors import EXIT_CONTINUE, EXIT_DONE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """What one attempt is given; see :class:`hpc_resume.config.NodeType`."""
+    """What one attempt is given; see :class:`hpc_resume.settings.NodeType`."""
 
     name: str
     ranks: int
