@@ -34,6 +34,7 @@ from hpc_resume.settings import (
     NodeType,
     Seconds,
     Settings,
+    SiteSettings,
     SlurmSettings,
     StopSettings,
 )
@@ -41,7 +42,7 @@ from hpc_resume.values import merge, parse_value, put, read_yaml
 
 PREFIX = "HPC_RESUME_"
 #: Variables with our prefix that launchers set and that are no settings.
-WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH"})
+WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH", "STEP"})
 
 
 class Config(Settings):
@@ -70,6 +71,7 @@ class Config(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     stop: StopSettings = StopSettings()
     budget: BudgetSettings = BudgetSettings()
+    site: SiteSettings = SiteSettings()
     entry: EntrySettings = EntrySettings()
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)

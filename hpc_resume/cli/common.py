@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from hpc_resume.errors import HpcResumeError
 from hpc_resume.untrusted import printable
 
 if TYPE_CHECKING:
+    from hpc_resume.config import Config
     from hpc_resume.report.tables import Table
 
 COMMAND = "hpc_resume.command"
@@ -74,6 +76,14 @@ def main() -> None:
 
     Exit codes: 0 done, 1 failed, 2 usage, 3 nothing there, 4 corrupt, 75 interrupted and to be continued.
     """
+
+
+def load_config(files: Sequence[str], options: Sequence[str]) -> Config:
+    """Read the settings that a verb is given: ``-o`` over variables over ``-c``."""
+    from hpc_resume.config import Config
+    from hpc_resume.values import parse_assignments
+
+    return Config.load(list(files), overrides=parse_assignments(options, flag="-o"), environ=os.environ)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,12 +16,17 @@ import yaml
 from hpc_resume._version import __version__
 from hpc_resume.config import Config
 from hpc_resume.errors import UsageError
+from hpc_resume.launch.software import container_words, software_lines
 
 _TEMPLATE = "job.sbatch.j2"
 #: What a rank reads of the settings; the rest has served its purpose when the script is written.
 _SETTINGS_OF_RANKS = ("name", "seed", "warning_lead_s", "warning_signal", "checkpoint", "stop", "budget")
 #: Source: sbatch(1), --signal.
 _LONGEST_LEAD_S = 65535
+#: A look at a node takes seconds, and a minute where a busy filesystem gives Python's files.
+_CHECK_S = 120
+#: The warning comes up to 30 s early (measured), and starting takes its time, too.
+_WORTH_IT_S = 60
 
 _WHY = {
     "open-mode": "A requeued job goes on writing to the same log.",
@@ -63,8 +70,6 @@ def render(
     UsageError
         If a value can't be written into a script.
     """
-    import jinja2
-
     slurm, node_type = config.slurm, config.node_types[0]
     exports = dict(config.environment.variables)
     exports["HPC_RESUME_RUN_DIR"] = str(run_dir)
@@ -76,10 +81,45 @@ def render(
         exports["HPC_RESUME_NODE_TYPE"] = node_type.name
     exports.update(variables or {})
 
+    container_options, inside = container_words(slurm.container, run_dir)
     words = [f"--ntasks-per-node={node_type.tasks_per_node}", "--kill-on-bad-exit=1"]
     if rank_output is not None:
         words.append(f"--output={rank_output}")
-    words += [*slurm.srun_args, *slurm.container]
+    words += slurm.srun_args
+    line = _one_line("command", command if isinstance(command, str) else shlex.join(command))
+    check = [*inside, shlex.quote(job_interpreter(config, line)), "-m", "hpc_resume.cli", "doctor", "--node"]
+    return fill_in(
+        _TEMPLATE,
+        title=f"Job of the run {config.name!r}. Written by hpc_resume {__version__}.",
+        run_dir=_one_line("run_dir", str(run_dir)),
+        directives=list(job_directives(config, output)),
+        setup=software_lines(config.environment),
+        variables={name: _one_line(name, value) for name, value in exports.items()},
+        container=bool(inside or container_options),
+        srun=" ".join([shlex.join(words), *container_options]),
+        command=" ".join([*inside, line]),
+        check=" ".join(check) if slurm.check_nodes else None,
+        check_options=" ".join(["--ntasks-per-node=1", "--kill-on-bad-exit=0", *container_options]),
+        check_s=_CHECK_S,
+        restarts=config.budget.restarts_in_place,
+        least_s=math.ceil(config.warning_lead_s) + _WORTH_IT_S,
+    )
+
+
+def job_interpreter(config: Config, command: str = "") -> str:
+    """Choose the Python of a job's own looks and checks: the ranks', as far as that can be told."""
+    first = (command.split() or [""])[0]
+    if config.environment.interpreter is not None:
+        return config.environment.interpreter
+    if re.fullmatch(r"[\w./-]*\bpython[\d.]*", first):
+        return first
+    return "python3" if config.slurm.container.used else sys.executable
+
+
+def fill_in(template: str, **values: Any) -> str:
+    """Fill in a template of ``templates/``."""
+    import jinja2
+
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -88,15 +128,7 @@ def render(
         autoescape=False,  # noqa: S701 - a shell script, quoted by the filter below
     )
     environment.filters["quote"] = shlex.quote
-    return environment.from_string(_template()).render(
-        title=f"Job of the run {config.name!r}. Written by hpc_resume {__version__}.",
-        run_dir=_one_line("run_dir", str(run_dir)),
-        directives=list(_directives(config, output)),
-        setup=config.environment.setup,
-        variables={name: _one_line(name, value) for name, value in exports.items()},
-        srun=shlex.join(words),
-        command=_one_line("command", command if isinstance(command, str) else shlex.join(command)),
-    )
+    return environment.from_string(_template(template)).render(**values)
 
 
 def slurm_time(seconds: float) -> str:
@@ -105,8 +137,8 @@ def slurm_time(seconds: float) -> str:
     return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def _directives(config: Config, output: str) -> list[tuple[str | None, str]]:
-    """Lines after ``#SBATCH``, each with the comment above it."""
+def job_directives(config: Config, output: str) -> list[tuple[str | None, str]]:
+    """Give the lines after ``#SBATCH``, each with the comment above it."""
     slurm, node_type = config.slurm, config.node_types[0]
     limit_s = node_type.time_limit_s or config.time_limit_s
     lead_s = min(math.ceil(config.warning_lead_s), _LONGEST_LEAD_S)
@@ -177,9 +209,9 @@ def _scalar(value: Any) -> str:
     return str(yaml.safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("...\n").strip()
 
 
-def _template() -> str:
+def _template(name: str) -> str:
     try:
         folder = resources.files("hpc_resume.templates")
     except ModuleNotFoundError:  # a checkout that is not installed: setup.cfg maps the folder
-        return (Path(__file__).parents[2] / "templates" / _TEMPLATE).read_text()
-    return (folder / _TEMPLATE).read_text()
+        return (Path(__file__).parents[2] / "templates" / name).read_text()
+    return (folder / name).read_text()
