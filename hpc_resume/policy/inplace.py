@@ -30,7 +30,8 @@ def starts_again(
         Of the ranks.
     last_word
         The last request to stop or ending in the attempt's journal; ``None`` if it has left none, as when its
-        rank 0 was killed.
+        rank 0 was killed. Launchers end the peers of a rank that died by SIGTERM: a request that says no more
+        than that is no stop if ranks were killed after it.
     left_s
         Until the end of the job; ``None`` if it has none.
     least_s
@@ -40,8 +41,15 @@ def starts_again(
     """
     if restarts >= most or (left_s is not None and left_s <= least_s):
         return False
-    if last_word is None:
+    if last_word is None or _is_about_a_peer(last_word):
         killed = [code for code in exit_codes if died_by_signal(code)]
         return bool(killed) and not _WARNED & set(killed)
     elsewhere = last_word.get("exclude") or last_word.get("move_on")
     return last_word.get("cause") == "crash" and last_word.get("decision") == "continue" and not elsewhere
+
+
+def _is_about_a_peer(word: Mapping[str, Any]) -> bool:
+    return word.get("event") == "stop_requested" and (word.get("cause"), word.get("signal")) == (
+        "signal",
+        "SIGTERM",
+    )

@@ -111,6 +111,12 @@ def test_so_are_ranks_that_told_of_a_crash(batch):
     assert batch.asked("requeue") == []
 
 
+def test_so_are_ranks_that_were_ended_because_a_peer_had_died(batch):
+    word = {"event": "stop_requested", "cause": "signal", "signal": "SIGTERM", "rank": 0}
+    assert batch(f"{batch.attempt(1, word)}; exit 137", "exit 0") == 0
+    assert batch.starts == 2
+
+
 def test_twice_in_a_row_and_no_more(batch):
     assert batch(*["exit 137"] * 5) == 0
     assert batch.starts == 3
@@ -138,7 +144,8 @@ def test_never_if_it_is_switched_off(batch):
         {"event": "ended", "cause": "time_limit", "decision": "continue"},
         {"event": "ended", "cause": "preemption", "decision": "continue"},
         {"event": "ended", "cause": "crash", "decision": "stop"},
-        {"event": "stop_requested", "cause": "signal"},
+        {"event": "stop_requested", "cause": "signal", "signal": "SIGUSR2"},
+        {"event": "stop_requested", "cause": "preemption", "signal": "SIGTERM"},
         {**CRASHED, "exclude": ["n1"], "move_on": False},
         {**CRASHED, "exclude": [], "move_on": True},
     ],

@@ -22,6 +22,12 @@ def test_so_is_one_whose_rank_0_was_killed_before_it_could():
     assert not decide((), None)
 
 
+def test_so_is_one_that_was_ended_because_a_peer_had_died():
+    word = {"event": "stop_requested", "cause": "signal", "signal": "SIGTERM"}
+    assert decide((-9, -9), word)
+    assert not decide((75, 75), word)
+
+
 @pytest.mark.parametrize(
     "word",
     [
@@ -29,7 +35,8 @@ def test_so_is_one_whose_rank_0_was_killed_before_it_could():
         {"event": "ended", "cause": "preemption", "decision": "continue"},
         {"event": "ended", "cause": "cancel", "decision": "stop"},
         {"event": "ended", "cause": "crash", "decision": "stop"},
-        {"event": "stop_requested", "cause": "signal"},
+        {"event": "stop_requested", "cause": "signal", "signal": "SIGUSR2"},
+        {"event": "stop_requested", "cause": "preemption", "signal": "SIGTERM"},
         {**CRASHED, "exclude": ["n1"], "move_on": False},
         {**CRASHED, "exclude": [], "move_on": True},
     ],
