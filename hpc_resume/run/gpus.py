@@ -11,8 +11,9 @@ from hpc_resume.provenance.finding import Finding
 #: Device files of NVIDIA's and AMD's drivers.
 _DEVICES = (Path("/dev/nvidia0"), Path("/dev/kfd"))
 _SIZE = 1024
-#: Of a product of two matrices of that size in float32, against float64: far above rounding, far below garbage.
-_TOLERANCE = 0.1
+#: Of an element of a product of two such matrices, which are of the order of 32: far above rounding (1e-4, with
+#: TF32 0.1), far below garbage.
+_TOLERANCE = 0.5
 #: Of a GPU's memory that must be free before the ranks start: what is taken is another job's remains.
 _LEAST_FREE = 0.5
 
@@ -47,33 +48,40 @@ def check_gpus(environ: Mapping[str, str]) -> list[Finding]:
         import pynvml
     except ImportError:
         pynvml = None
-    found = [check_gpu(torch, number) for number in range(there)]
+    found = []
+    for number in range(there):
+        free_bytes, total_bytes = torch.cuda.mem_get_info(number)
+        found.append(
+            judge_gpu(
+                number,
+                torch.cuda.get_device_name(number),
+                free_bytes=free_bytes,
+                total_bytes=total_bytes,
+                error=worst_error(f"cuda:{number}", seed=number),
+            )
+        )
     return found if pynvml is None or torch.version.cuda is None else [*found, *check_driver(pynvml)]
 
 
-def check_gpu(torch: Any, number: int) -> Finding:
-    """Use one GPU.
+def worst_error(device: str, *, seed: int) -> float:
+    """Multiply two matrices on a device in float32; the largest difference from the float64 product."""
+    import torch
 
-    Parameters
-    ----------
-    torch
-        The module.
-    number
-        As torch counts.
-    """
-    what = f"GPU {number}"
-    free_bytes, total_bytes = torch.cuda.mem_get_info(number)
-    if free_bytes < _LEAST_FREE * total_bytes:
-        detail = f"only {free_bytes / 1e9:.1f} of {total_bytes / 1e9:.1f} GB are free: another process holds the rest"
-        return Finding(what=what, level="bad", detail=detail)
-    generator = torch.Generator().manual_seed(number)
+    generator = torch.Generator().manual_seed(seed)
     left, right = (torch.randn(_SIZE, _SIZE, generator=generator) for _ in range(2))
-    product = (left.to(f"cuda:{number}") @ right.to(f"cuda:{number}")).cpu()
-    error = float((product.double() - left.double() @ right.double()).abs().max())
-    if not error < _TOLERANCE * _SIZE**0.5:  # a NaN is no number that is less
+    product = (left.to(device) @ right.to(device)).cpu()
+    return float((product.double() - left.double() @ right.double()).abs().max())
+
+
+def judge_gpu(number: int, name: str, *, free_bytes: int, total_bytes: int, error: float) -> Finding:
+    """Say what one GPU's memory and arithmetic mean; ``error`` as :func:`worst_error` gives it."""
+    what, free_gb = f"GPU {number}", free_bytes / 1e9
+    if free_bytes < _LEAST_FREE * total_bytes:
+        detail = f"only {free_gb:.1f} of {total_bytes / 1e9:.1f} GB are free: another process holds the rest"
+        return Finding(what=what, level="bad", detail=detail)
+    if not error < _TOLERANCE:  # a NaN is no number that is less
         return Finding(what=what, level="bad", detail=f"multiplies wrongly: an element is off by {error:g}")
-    name = torch.cuda.get_device_name(number)
-    return Finding(what=what, level="ok", detail=f"{name}, {free_bytes / 1e9:.0f} GB free, multiplies right")
+    return Finding(what=what, level="ok", detail=f"{name}, {free_gb:.0f} GB free, multiplies right")
 
 
 def check_driver(pynvml: Any) -> list[Finding]:
