@@ -156,7 +156,22 @@ class BudgetSettings(Settings):
     """How often a run is continued."""
 
     max_idle: Count = 3
-    """Attempts in a row without progress after which the run is not continued."""
+    """Attempts in a row without progress after which the run is not continued, those aside that others ended."""
+    crashes: Count | None = None
+    """Of those, how many may have crashed. This budget and the next are renewed by progress; none: no limit."""
+    hangs: Count | None = None
+    """How many may have hung."""
+    out_of_memory: Count | None = 2
+    """How many may have run out of memory on the last node type; on the others the next one is tried at once."""
+    node_failures: Count | None = 5
+    """How many may have been ended by failing nodes."""
+    preemptions: Count | None = None
+    """How many may have been preempted or requeued by others."""
+    node_faults: Count | None = 2
+    """A node that has failed the run so often is avoided; none: never."""
+    backoff_s: Lead = 30.0
+    """Wait before the next attempt once two in a row have saved nothing; twice as long each further time."""
+    longest_backoff_s: Lead = 1800.0
 
 
 class EntrySettings(Settings):

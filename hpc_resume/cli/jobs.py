@@ -17,6 +17,7 @@ from hpc_resume.cli.common import (
     main,
     options_option,
     print_json,
+    print_part,
     print_table,
     run_argument,
     run_dir_option,
@@ -105,6 +106,21 @@ def status(run: Path, as_json: bool) -> None:
 
     found = read_status(run)
     print_json(found.to_json()) if as_json else print_table(status_table(found))
+
+
+@main.command()
+@run_argument
+@as_json_flag
+def explain(run: Path, as_json: bool) -> None:
+    """Tell what ended each attempt of a run, what was decided and why, and what comes next."""
+    from hpc_resume.report.explain import explain as tell
+
+    found = tell(run)
+    if as_json:
+        print_json(found.to_json())
+        return
+    for part in found.parts:
+        print_part(part.title, part.lines)
 
 
 @main.command()

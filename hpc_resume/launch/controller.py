@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_resume.errors import EXIT_CONTINUE
-from hpc_resume.files import Clock
+from hpc_resume.files import DISK, Clock
 from hpc_resume.launch.attempt import Allocation, Attempt, Process, Times
 from hpc_resume.policy.exits import Outcome, after_exit
 from hpc_resume.rundir import RunDirectory
@@ -203,7 +203,14 @@ class Controller:
                 process.send(signal.SIGKILL)
             raise
         self._write(exit_codes=attempt.exit_codes)
+        self._leave_codes(attempt, restarts)
         return attempt
+
+    def _leave_codes(self, attempt: Attempt, restarts: int) -> None:
+        """Leave for the next attempt how the ranks ended: one that was killed could not say so itself."""
+        path = RunDirectory(Path(self.plan.run_dir)).exit_codes_path(self.plan.job_id, restarts)
+        if path.parent.is_dir():  # else no attempt has begun
+            DISK.write_file(path, json.dumps(attempt.telling_codes).encode())
 
     def _variables(self, allocation: Allocation, restarts: int, rank: int) -> dict[str, str]:
         threads = max(1, len(os.sched_getaffinity(0)) // allocation.ranks)
@@ -250,7 +257,7 @@ def initial_state(plan: Plan, *, pid: int) -> LocalState:
 
 def _outcome(attempt: Attempt) -> Outcome:
     """Decide from the codes; one that was ended from outside is continued whatever a rank made of it."""
-    outcome = after_exit(attempt.telling_codes)
+    outcome = after_exit(tuple(attempt.telling_codes.values()))
     if outcome.decision == "stop" and attempt.ended_by is not None:
         return Outcome(decision="continue", why=f"ended by {attempt.ended_by}; {outcome.why}")
     return outcome

@@ -24,6 +24,8 @@ CAUSES = {
     "cancel": "cancelled",
     "node_failure": "node failed",
     "crash": "crashed",
+    "out_of_memory": "out of memory",
+    "hang": "hung",
     "no_progress": "no progress",
     "unknown": "killed",
 }

@@ -15,8 +15,9 @@ from functools import partial
 import stamina
 
 from hpc_resume.errors import SchedulerError
-from hpc_resume.scheduler.base import ALIVE, UNKNOWN, JobFacts
+from hpc_resume.scheduler.base import ALIVE, UNKNOWN, JobFacts, PastJob, Whereabouts
 from hpc_resume.scheduler.command import Completed, Runner, run_command
+from hpc_resume.scheduler.lookback import failed_nodes, last_state
 
 #: One command; slurmctld answers in 10-100 ms, but under load it takes its time.
 _COMMAND_TIMEOUT_S = 10.0
@@ -134,6 +135,24 @@ class SlurmScheduler:
         kind = features or _gpu_kind(_field(text, "Gres"))
         return "/".join(part for part in (self._partition, kind) if part) or None
 
+    def look_back(self, past: Whereabouts) -> PastJob:
+        """Look up what Slurm still knows of an earlier attempt."""
+        try:
+            if past.job_id == self.job_id:
+                found = PastJob(requeued=self._own_restarts > past.restart_count)
+            else:
+                done = self._once(["scontrol", "show", "job", past.job_id])
+                job = parse_job(done.out)
+                found = PastJob()
+                if done.code == 0 and job.state not in ALIVE | {UNKNOWN, "PENDING"}:
+                    evidence = f"job {past.job_id}: {job.evidence}"
+                    found = PastJob(state=job.state, reason=job.reason, evidence=evidence)
+            if not found.state:
+                found = last_state(found, past, self._once)
+            return failed_nodes(found, past, self._once)
+        except FileNotFoundError:
+            return PastJob()
+
     def cancel(self) -> None:
         """End the job, as ``scancel`` does.
 
@@ -163,11 +182,16 @@ class SlurmScheduler:
             return dataclasses.replace(facts, preempt_time_s=preempt_time_s, evidence=evidence)
         if self._nodes:
             done = self._once(
-                ["sinfo", "--noheader", f"--nodes={self._nodes}", "--states=down,fail", "--format=%N"]
-            )
-            if down := " ".join(done.out.split()):
+                [
+                    "sinfo", "--noheader", "--Node", f"--nodes={self._nodes}", "--states=down,fail", "--format=%N"
+                ]
+            )  # fmt: skip
+            if down := tuple(dict.fromkeys(done.out.split())):
                 return dataclasses.replace(
-                    facts, reason="NodeDown", evidence=f"{facts.evidence} ({down} is down)"
+                    facts,
+                    reason="NodeDown",
+                    failed_nodes=down,
+                    evidence=f"{facts.evidence} ({', '.join(down)} down)",
                 )
         return facts
 
