@@ -168,13 +168,13 @@ def _attempt(each: AttemptStatus) -> Iterator[str]:
 
 def _where(each: AttemptStatus) -> str:
     ranks = "" if each.world_size is None else f"{each.world_size} rank{'' if each.world_size == 1 else 's'}"
-    place = ", ".join(each.nodes) + (f" ({each.node_type})" if each.node_type else "")
+    place = (", ".join(each.nodes) or "this machine") + (f" ({each.node_type})" if each.node_type else "")
     job = ""
     if each.job_id is not None:
         job = f", job {each.job_id}"
         if each.restart_count:
             job += f", restart {each.restart_count}"
-    return f"{ranks or 'ranks'} on {place or 'this machine'}{job}"
+    return f"{ranks or 'ranks'} on {place}{job}"
 
 
 def _decided(each: AttemptStatus) -> str:

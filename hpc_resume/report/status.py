@@ -192,8 +192,11 @@ class _Trace:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        met = (_last(self.events, {"met"}) or {}).get("nodes")
-        return tuple(str(node) for node in (met if isinstance(met, dict) else self.record.get("nodes", ())))
+        """Nodes of all ranks, or as long as they have not met, of rank 0."""
+        ranks = (_last(self.events, {"met"}) or {}).get("ranks")
+        return tuple(
+            str(node) for node in (ranks if isinstance(ranks, dict) else self.record.get("nodes", ()))
+        )
 
     def status(
         self, *, over: bool, next_first: int | None, diagnosis: tuple[int, JsonObject] | None

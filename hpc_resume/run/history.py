@@ -58,12 +58,11 @@ class EarlierAttempt:
 
     @property
     def ranks(self) -> dict[str, list[int]]:
-        """Ranks by node."""
-        met = self.last("met") or {}
-        nodes = met.get("nodes")
-        if isinstance(nodes, dict) and all(isinstance(ranks, list) for ranks in nodes.values()):
-            return nodes
-        return {str(node): [] for node in _list(self.record.get("nodes"))}
+        """Ranks by node; as long as they have not met, rank 0."""
+        ranks = (self.last("met") or {}).get("ranks")
+        if isinstance(ranks, dict) and all(isinstance(those, list) for those in ranks.values()):
+            return ranks
+        return {str(node): [0] for node in _list(self.record.get("nodes"))[:1]}
 
 
 def earlier_attempts(run: RunDirectory, number: int) -> list[EarlierAttempt]:

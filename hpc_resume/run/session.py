@@ -115,7 +115,7 @@ class Session:
             self._know(AttemptFacts.from_json(facts))
             folder = self.directory.attempt(self.facts.number)
             self._faults = Faults(self.environment, self.peers, folder, self._oom_kills)
-            self._note("met", nodes=self._faults.meet())
+            self._note("met", ranks=self._faults.meet())
             self._own_group = self.peers.start_process_group()
             self.stopping.join(self.peers, self._journal)
             self.metrics = Metrics(folder / f"metrics-rank-{self.rank:05d}.jsonl", clock=self._clock)

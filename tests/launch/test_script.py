@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -49,9 +50,9 @@ def batch(tmp_path):
         (tools / name).write_text(f"#!/bin/bash\n{body}")
         (tools / name).chmod(0o755)
 
-    def run(command, *, config=None, environ=SLURM_ENVIRON, **given):
+    def run(command, *, config=None, environ=SLURM_ENVIRON, run_dir=RUN_DIR, **given):
         (tmp_path / "calls").write_text("")
-        text = render(config or Config(), command=command, run_dir=RUN_DIR, **given)
+        text = render(config or Config(), command=command, run_dir=run_dir, **given)
         done = subprocess.run(
             ["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
             env={"PATH": f"{tools}:{os.environ['PATH']}", **environ},
@@ -244,6 +245,28 @@ def test_the_end_or_a_failure_is_passed_on_and_nothing_is_asked(batch, code):
     got, _, calls = batch(["bash", "-c", f"exit {code}"])
     assert got == code
     assert asked(calls, "") == []
+
+
+@pytest.mark.parametrize("code", [0, 1, 75, 137])
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({}, ".exit-12-0.json"),
+        ({"SLURM_RESTART_COUNT": "3"}, ".exit-12-3.json"),
+        ({"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "2"}, ".exit-9_2-0.json"),
+    ],
+)
+def test_the_exit_code_is_left_for_the_next_attempt(batch, tmp_path, code, environ, name):
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    run_dir = tmp_path / "my run"
+    (run_dir / "attempts").mkdir(parents=True)
+    batch(["bash", "-c", f"exit {code}"], run_dir=run_dir, environ={**SLURM_ENVIRON, **environ})
+    (left,) = (run_dir / "attempts").iterdir()
+    assert (left.name, json.loads(left.read_bytes())) == (name, {"-1": code})
+
+
+def test_where_no_attempt_has_begun_nothing_is_left_and_nothing_said(batch):
+    assert batch(["true"])[:2] == (0, "")
 
 
 @pytest.mark.parametrize("code", [75, 129, 137, 143, 192])

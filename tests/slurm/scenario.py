@@ -14,18 +14,21 @@ SCRIPT = """
 import os, sys
 sys.path.insert(0, {root!r})
 from tests.run.training import train
-train({steps}, step_s={step_s}, every_steps=10)
+train({steps}, step_s={step_s}, every_steps=10, {more})
 """
 
 
 class Scenario:
-    """One run on the cluster, from the sbatch file that ``hpc-resume script`` renders."""
+    """One run on the cluster, from the sbatch file that ``hpc-resume script`` renders.
 
-    def __init__(self, cluster, name, *, steps=60, step_s=0.1, limit_s=600, lead_s=30, **node_type):
+    ``train`` is more arguments of :func:`tests.run.training.train`, as text.
+    """
+
+    def __init__(self, cluster, name, *, steps=60, step_s=0.1, limit_s=600, lead_s=30, train="", **node_type):
         self.cluster = cluster
         self.root = cluster.work / name
         self.train = cluster.work / f"{name}.py"
-        self.train.write_text(SCRIPT.format(root=str(ROOT), steps=steps, step_s=step_s))
+        self.train.write_text(SCRIPT.format(root=str(ROOT), steps=steps, step_s=step_s, more=train))
         self.config = Config(
             name=name,
             run_dir=str(self.root),

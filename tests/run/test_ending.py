@@ -1,0 +1,156 @@
+import pytest
+
+from hpc_resume.config import Config
+from hpc_resume.errors import SchedulerError
+from hpc_resume.journal import Journal, read_events
+from hpc_resume.policy.decision import Decision
+from hpc_resume.policy.retry import History, PastAttempt
+from hpc_resume.run.attempt import AttemptFacts
+from hpc_resume.run.ending import LastWord, end_attempt
+from hpc_resume.run.fault import Fault
+from hpc_resume.scheduler.base import JobFacts, NoScheduler
+from hpc_resume.scheduler.cause import Cause, Verdict
+from hpc_resume.scheduler.environment import JobEnvironment
+
+GO_ON = Decision(action="continue", why="it has saved something new")
+ENVIRON = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1",
+           "SLURM_LOCALID": "0"}  # fmt: skip
+
+
+class Slurm(NoScheduler):
+    """Says one thing, and does or refuses what it is asked."""
+
+    def __init__(self, state="RUNNING", *, answer=True, **fields):
+        self.said = JobFacts(state=state, evidence="as read", **fields)
+        self.answer = answer
+        self.requeued = 0
+
+    def facts(self):
+        return self.said
+
+    def requeue(self):
+        self.requeued += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def verdict(cause=Cause.TIME_LIMIT, **fields):
+    return Verdict(cause=cause, evidence="e", **fields)
+
+
+def end(found, decision=GO_ON, slurm=None, *, suffices=False):
+    slurm = slurm or Slurm()
+    ending = end_attempt(
+        found, decision, slurm, own_restarts=0, warning_lead_s=60, now_s=0, exit_code_suffices=suffices
+    )
+    return ending, slurm.requeued
+
+
+def test_a_run_that_goes_on_is_requeued_once():
+    ending, requeued = end(verdict())
+    assert (ending.decision, ending.exit_code, requeued) == ("continue", 75, 1)
+    assert ending.why == "time_limit (e); it has saved something new; requeued"
+
+
+@pytest.mark.parametrize(
+    ("found", "suffices", "word"),
+    [
+        (verdict(already_requeued=True), False, "the scheduler has requeued it"),
+        (verdict(Cause.CRASH), True, "the launcher continues it on exit code 75"),
+    ],
+)
+def test_nobody_is_asked_for_what_happens_anyway(found, suffices, word):
+    ending, requeued = end(found, suffices=suffices)
+    assert (ending.decision, requeued) == ("continue", 0)
+    assert word in ending.why
+
+
+def test_a_stop_asks_for_nothing():
+    ending, requeued = end(verdict(Cause.CANCEL), Decision(action="stop", why="for good"))
+    assert (ending.decision, ending.exit_code, requeued) == ("stop", 1, 0)
+
+
+def test_a_cancel_while_it_was_saving_is_a_cancel():
+    refuses = SchedulerError("it is being ended")
+    ending, _ = end(verdict(), slurm=Slurm("COMPLETING", answer=refuses, restarts=0))
+    assert (ending.verdict.cause, ending.decision) == (Cause.CANCEL, "stop")
+    assert "while it was saving" in ending.why
+    ending, _ = end(verdict(), slurm=Slurm("RUNNING", answer=refuses))
+    assert (ending.verdict.cause, ending.decision, ending.exit_code) == (Cause.TIME_LIMIT, "continue", 75)
+    assert "left to exit code 75" in ending.why
+
+
+@pytest.fixture
+def last_word(tmp_path):
+    def make(slurm=None, environ=ENVIRON, past=(), **facts):
+        environment = JobEnvironment.detect(environ, hostname="n1", pid=1)
+        return LastWord(
+            environment, slurm or Slurm(), Config(), clock=lambda: 0.0,
+            journal=Journal(tmp_path / "events.jsonl", clock=lambda: 0.0),
+            facts=AttemptFacts(number=3, run_id="r", node_type="t", history=History(past=tuple(past), **facts)),
+        )  # fmt: skip
+
+    make.said = lambda: read_events(tmp_path / "events.jsonl")[-1]
+    return make
+
+
+def fail(word, fault, *, step=5, progressed=False):
+    return word.fail(fault, first_step=0, step=step, progressed=progressed)
+
+
+def crash(**fields):
+    return Fault(**{"cause": Cause.CRASH, "evidence": "rank 0", **fields})
+
+
+def test_the_decision_is_in_the_journal(last_word):
+    past = [PastAttempt(number=1, cause="crash", first_step=0, faulty=("n1",))]
+    word = last_word(past=past, faults={"n1": (1,)})
+    assert fail(word, crash(nodes=("n1",))) == 75
+    said = last_word.said()
+    assert (said["cause"], said["evidence"], said["nodes"]) == ("crash", "rank 0", ["n1"])
+    assert (said["decision"], said["exclude"], said["move_on"]) == ("continue", ["n1"], False)
+    assert 15 <= said["delay_s"] <= 45
+    assert "n1 is avoided: it failed in attempts 1 and 3" in said["because"]
+
+
+def test_a_mistake_stops_an_error_of_ours_keeps_its_code(last_word):
+    word = last_word()
+    assert fail(word, crash(mistake=True), step=0) == 1
+    assert last_word.said()["decision"] == "stop"
+    assert fail(word, crash(exit_code=4)) == 4
+    assert "no further attempt would mend it" in last_word.said()["because"]
+
+
+def test_where_nobody_starts_it_again_it_fails(last_word):
+    assert fail(last_word(environ={}), crash()) == 1
+    assert "nobody starts it again" in last_word.said()["because"]
+
+
+def test_the_scheduler_is_asked_why_a_peer_was_lost(last_word):
+    lost = Fault(cause=Cause.UNKNOWN, evidence="rank 0 lost a peer")
+    down = Slurm("COMPLETING", restarts=1, reason="NodeDown", failed_nodes=("n2",))
+    assert fail(last_word(down), lost) == 75
+    assert (last_word.said()["cause"], last_word.said()["nodes"]) == ("node_failure", ["n2"])
+    assert last_word.said()["evidence"].startswith("rank 0 lost a peer; no signal; as read")
+    assert fail(last_word(Slurm("COMPLETING", restarts=0)), lost) == 1
+    assert last_word.said()["cause"] == "cancel"
+    for says_nothing in (Slurm("RUNNING"), Slurm("UNKNOWN"), Slurm("NONE")):
+        assert fail(last_word(says_nothing), lost) == 75
+        assert last_word.said()["cause"] == "unknown"
+
+
+def test_other_ranks_decide_alike_and_ask_nobody(last_word):
+    slurm = Slurm()
+    environ = {**ENVIRON, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    idle = [PastAttempt(number=n, cause="crash", first_step=0) for n in (1, 2)]
+    assert fail(last_word(slurm, environ), crash()) == 75
+    assert fail(last_word(slurm, environ, past=idle), crash()) == 1
+    assert fail(last_word(slurm, environ, past=idle), crash(), progressed=True) == 75
+    assert slurm.requeued == 0
+
+
+def test_an_attempt_is_not_tried_when_the_budget_is_spent(last_word):
+    idle = [PastAttempt(number=n, cause="crash", first_step=10) for n in (1, 2, 3)]
+    assert "no progress in 3 attempts" in last_word(past=idle).why_spent(10)
+    assert last_word(past=idle).why_spent(20) is None
