@@ -13,7 +13,7 @@ from hpc_resume.policy.decision import Decision
 from hpc_resume.settings import BudgetSettings
 
 #: Somebody else has taken the allocation away: no fault of the run, so these do not count as idle.
-_TAKEN_AWAY = frozenset({"preemption", "requeue", "node_failure"})
+_TAKEN_AWAY = frozenset({"preemption", "requeue", "node_failure", "bad_node"})
 #: How often each cause may end attempts in a row without progress: names of settings. The others, time
 #: limits among them, have no limit of their own.
 _BUDGETS = {
@@ -23,6 +23,7 @@ _BUDGETS = {
     "node_failure": "node_failures",
     "preemption": "preemptions",
     "requeue": "preemptions",
+    "bad_node": "node_failures",
 }
 #: Attempts that lasted as long as they could: waiting before the next one would save nobody anything.
 _LASTED = frozenset({"time_limit"})
@@ -171,7 +172,10 @@ def decide(
             action="stop",
             why="it failed before its first step, and every further attempt would: mend the script, and submit again",
         )
-    exclude, because = _bad_nodes(now, history, budget)
+    faults = {node: list(found) for node, found in history.faults.items()}
+    for node in now.faulty:
+        faults.setdefault(node, []).append(now.number)
+    exclude, because = _bad_nodes(faults, budget)
     if now.cause == "out_of_memory":
         if history.further_types:
             why = "it needs more memory than there was, so the next node type is tried"
@@ -195,6 +199,27 @@ def decide(
     )
 
 
+def avoid(nodes: Sequence[str], history: History, budget: BudgetSettings) -> Decision | None:
+    """Decide whether an attempt leaves at once for other nodes; ``None`` if it stays.
+
+    An attempt that ended without a last word could not say which nodes the next one must not get. Leaving is
+    tried once: where there are no other nodes, the run stays.
+
+    Parameters
+    ----------
+    nodes
+        Where it was started.
+    history
+        What came before it.
+    budget
+        How often a node may fail.
+    """
+    bad, why = _bad_nodes(history.faults, budget)
+    if not set(bad) & set(nodes) or (history.past and history.past[-1].cause == "bad_node"):
+        return None
+    return Decision(action="continue", why=why, exclude=bad)
+
+
 def _backoff_s(idle: Sequence[PastAttempt], budget: BudgetSettings, chance: float) -> float:
     """Seconds to wait: none at first, then twice as long each time, give or take a half."""
     repeats = len(idle) - 1
@@ -205,13 +230,10 @@ def _backoff_s(idle: Sequence[PastAttempt], budget: BudgetSettings, chance: floa
     return float(round(usual_s * (0.5 + chance), 1))
 
 
-def _bad_nodes(now: PastAttempt, history: History, budget: BudgetSettings) -> tuple[tuple[str, ...], str]:
+def _bad_nodes(faults: Mapping[str, Sequence[int]], budget: BudgetSettings) -> tuple[tuple[str, ...], str]:
     """Nodes that have failed too often in this run, and the reason."""
     if budget.node_faults is None:
         return (), ""
-    faults = {node: list(attempts) for node, attempts in history.faults.items()}
-    for node in now.faulty:
-        faults.setdefault(node, []).append(now.number)
     bad = {node: found for node, found in sorted(faults.items()) if len(found) >= budget.node_faults}
     told = [f"{node} is avoided: it failed in attempts {_list(found)}" for node, found in bad.items()]
     return tuple(bad), "; ".join(told)

@@ -22,6 +22,7 @@ _CAUSES = {
     "requeue": "a requeue, by the scheduler or an administrator",
     "cancel": "a person, who cancelled it",
     "node_failure": "a node that failed",
+    "bad_node": "itself, at once: it was started on a node that had failed before",
     "crash": "a rank that crashed",
     "out_of_memory": "a lack of memory",
     "hang": "a hang: ranks lived, but no step ended",

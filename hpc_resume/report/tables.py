@@ -23,6 +23,7 @@ CAUSES = {
     "requeue": "requeued",
     "cancel": "cancelled",
     "node_failure": "node failed",
+    "bad_node": "left a bad node",
     "crash": "crashed",
     "out_of_memory": "out of memory",
     "hang": "hung",

@@ -10,9 +10,10 @@ from hpc_resume.errors import EXIT_CONTINUE, EXIT_FAILED, SchedulerError
 from hpc_resume.files import Clock, JsonObject
 from hpc_resume.journal import Journal
 from hpc_resume.policy.decision import Decision
-from hpc_resume.policy.retry import PastAttempt, decide, in_vain, why_spent
+from hpc_resume.policy.retry import PastAttempt, avoid, decide, in_vain, why_spent
 from hpc_resume.run.attempt import AttemptFacts
 from hpc_resume.run.fault import Fault
+from hpc_resume.run.peers import Peers
 from hpc_resume.scheduler.base import UNKNOWN, Scheduler
 from hpc_resume.scheduler.cause import CERTAIN, Cause, Verdict, classify
 from hpc_resume.scheduler.environment import JobEnvironment
@@ -139,6 +140,46 @@ class LastWord:
         )
         if self._environment.rank != 0:
             return _ending(verdict, decision, "")
+        return self.carry_out(verdict, decision, step=step, failing=fault is not None)
+
+    def leave_bad_nodes(self, ranks: dict[str, list[int]] | None, peers: Peers) -> str | None:
+        """Have the run continued elsewhere, before its first step, if these nodes have failed it before.
+
+        Parameters
+        ----------
+        ranks
+            By node; rank 0 alone knows, and decides.
+        peers
+            The other ranks.
+
+        Returns
+        -------
+        str or None
+            Why all ranks leave now; ``None`` if they stay.
+        """
+        decision = None
+        if ranks is not None and self._environment.kind == "slurm":  # elsewhere there are no other nodes
+            decision = avoid(tuple(ranks), self._facts.history, self._config.budget)
+        why: str | None = peers.share("avoid", decision and decision.why)
+        if decision is not None:
+            evidence = f"the attempt was started on {', '.join(ranks or ())}"
+            self.carry_out(Verdict(cause=Cause.BAD_NODE, evidence=evidence), decision, step=0)
+        return why
+
+    def carry_out(self, verdict: Verdict, decision: Decision, *, step: int, failing: bool = False) -> Ending:
+        """Tell the scheduler what was decided, and write it down.
+
+        Parameters
+        ----------
+        verdict
+            Why the attempt ends.
+        decision
+            How the run goes on.
+        step
+            Completed steps.
+        failing
+            All ranks leave by themselves.
+        """
         ending = end_attempt(
             verdict,
             decision,
@@ -146,7 +187,7 @@ class LastWord:
             own_restarts=self._environment.restart_count,
             warning_lead_s=self._config.warning_lead_s,
             now_s=self._clock(),
-            exit_code_suffices=fault is not None and self._environment.launcher_requeues,
+            exit_code_suffices=failing and self._environment.launcher_requeues,
         )
         self.write(ending, step=step)
         return ending
@@ -185,8 +226,13 @@ class LastWord:
             return verdict
         return replace(again, evidence=f"{verdict.evidence}; {again.evidence}")
 
+    def note(self, cause: Cause, decision: str, why: str, *, step: int, exit_code: int) -> None:
+        """Write an ending that needed no decision."""
+        verdict = Verdict(cause=cause, evidence=why)
+        self.write(Ending(verdict=verdict, decision=decision, why=why, exit_code=exit_code), step=step)
+
     def write(self, ending: Ending, *, step: int) -> None:
-        """Write an ending that was decided elsewhere."""
+        """Write an ending."""
         if self._journal is not None:
             self._journal.event("ended", durable=True, step=step, **ending.to_json())
 

@@ -197,8 +197,8 @@ class Faults:
                 return None
             self._pause(_LOOK_S)
 
-    def behind(self, verdict: Verdict, reason: str) -> Verdict:
-        """Tell why no step boundary came after a request to stop; on a thread of its own.
+    def behind(self, verdict: Verdict, reason: str, *, at_boundary: bool) -> Verdict:
+        """Tell why a run could not be stopped in order; on a thread of its own.
 
         Parameters
         ----------
@@ -206,9 +206,11 @@ class Faults:
             Why the run was to stop.
         reason
             Of the watchdog.
+        at_boundary
+            The step boundary came, and what followed took too long: that is no hang of the training.
         """
         evidence = f"{reason}; asked to stop by {verdict.evidence}"
-        if verdict.cause in {Cause.CANCEL, Cause.NODE_FAILURE, Cause.OUT_OF_MEMORY}:
+        if at_boundary or verdict.cause in {Cause.CANCEL, Cause.NODE_FAILURE, Cause.OUT_OF_MEMORY}:
             return dataclasses.replace(verdict, evidence=evidence)
         with contextlib.suppress(RuntimeError):  # the other threads wait on the connection that there is
             if (found := self.find(self._peers.apart())) is not None:

@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 import traceback
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -99,6 +98,8 @@ class Session:
         self._oom_kills = OomKills.read()
         self._faults: Faults | None = None
         self._reached = False
+        #: Held, for good, by who has the last word: the loop, a crash, or the watchdog.
+        self._ending = threading.Lock()
         self._own_group = False
         self._noted = 0.0
 
@@ -115,7 +116,12 @@ class Session:
             self._know(AttemptFacts.from_json(facts))
             folder = self.directory.attempt(self.facts.number)
             self._faults = Faults(self.environment, self.peers, folder, self._oom_kills)
-            self._note("met", ranks=self._faults.meet())
+            ranks = self._faults.meet()
+            self._note("met", ranks=ranks)
+            assert self._last_word is not None
+            if (why := self._last_word.leave_bad_nodes(ranks, self.peers)) is not None:
+                self._part()
+                raise Interrupted(why)
             self._own_group = self.peers.start_process_group()
             self.stopping.join(self.peers, self._journal)
             self.metrics = Metrics(folder / f"metrics-rank-{self.rank:05d}.jsonl", clock=self._clock)
@@ -252,6 +258,7 @@ class Session:
         left_s = self.stopping.reached()
         if self.step > self.first_step:
             self.save(state, samples, "stop", wait=True, left_s=left_s)
+        self._ending.acquire()
         if self.rank == 0:
             ending = self._end(self.stopping.verdict()).to_json()
             self.peers.share("ending", ending)
@@ -268,7 +275,8 @@ class Session:
         """Write that the run is done."""
         self.metrics.flush()
         self.saver.poll()
-        self._write(Cause.DONE, "done", "all steps are done", 0)
+        assert self._last_word is not None
+        self._last_word.note(Cause.DONE, "done", "all steps are done", step=self.step, exit_code=0)
         self.say(f"done: step {self.step}")
         self._part()
         self.stopping.close(last_word=False)
@@ -296,6 +304,7 @@ class Session:
         assert self._faults is not None
         fault = self._faults.of(error, begun=self.step > self.first_step)
         self.saver.drain(_DRAIN_S)
+        self._ending.acquire()
         assert self._last_word is not None
         code = self._last_word.fail(
             fault, first_step=self.first_step, step=self.step, progressed=self._progressed
@@ -312,7 +321,10 @@ class Session:
 
     def cancel(self) -> None:
         """End an attempt that somebody broke off at the keyboard, in a hurry."""
-        self._write(Cause.CANCEL, "stop", "interrupted from the keyboard", 130)
+        assert self._last_word is not None
+        self._last_word.note(
+            Cause.CANCEL, "stop", "interrupted from the keyboard", step=self.step, exit_code=130
+        )
         self.stopping.abandon()
         self.shut_down(destroy=False)
 
@@ -336,25 +348,19 @@ class Session:
 
     def _give_up(self, verdict: Verdict, reason: str) -> None:
         """Leave without a step boundary, on a thread: the last committed checkpoint is what remains."""
+        if not self._ending.acquire(blocking=False):
+            return  # it ends by another way
         code = EXIT_CONTINUE
         self.say(f"{reason}; leaving, and what was saved before remains")
         if self.rank != 0:
             threading.Event().wait(_HEAD_START_S)
         elif self._last_word is not None:
-            if self._faults is None or self._reached:
-                verdict = replace(verdict, evidence=f"{reason}; {verdict.evidence}")
-            else:
-                verdict = self._faults.behind(verdict, reason)
+            if self._faults is not None:
+                verdict = self._faults.behind(verdict, reason, at_boundary=self._reached)
             code = self._end(verdict).exit_code
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-    def _write(self, cause: Cause, decision: str, why: str, exit_code: int) -> None:
-        verdict = Verdict(cause=cause, evidence=why)
-        assert self._last_word is not None
-        ending = Ending(verdict=verdict, decision=decision, why=why, exit_code=exit_code)
-        self._last_word.write(ending, step=self.step)
 
     def _note(self, event: str, **fields: Any) -> None:
         if self._journal is not None:

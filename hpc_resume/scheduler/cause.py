@@ -28,6 +28,8 @@ class Cause(str, Enum):
     REQUEUE = "requeue"
     CANCEL = "cancel"
     NODE_FAILURE = "node_failure"
+    #: It was started on a node that had failed the run before, and left at once.
+    BAD_NODE = "bad_node"
     #: A rank raised an exception, or died.
     CRASH = "crash"
     OUT_OF_MEMORY = "out_of_memory"

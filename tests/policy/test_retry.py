@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from hpc_resume.policy.retry import History, PastAttempt, decide, in_vain, why_spent
+from hpc_resume.policy.retry import History, PastAttempt, avoid, decide, in_vain, why_spent
 from hpc_resume.scheduler.cause import Cause
 from hpc_resume.settings import BudgetSettings
 
@@ -121,6 +121,17 @@ def test_a_node_that_failed_twice_is_avoided_with_the_reason():
     assert "big2 is avoided: it failed in attempts 2 and 1" in found.why
     assert decision("crash", faults=faults, budget={"node_faults": None}).exclude == ()
     assert decision("crash", faults=faults, budget={"node_faults": 3}).exclude == ()
+
+
+def test_an_attempt_leaves_a_bad_node_at_once_but_only_once():
+    history = History(past=tuple(attempts("crash", "crash")), faults={"big1": (1, 2), "big2": (1,)})
+    found = avoid(["big1", "big2"], history, BudgetSettings())
+    assert (found.action, found.exclude) == ("continue", ("big1",))
+    assert found.why == "big1 is avoided: it failed in attempts 1 and 2"
+    assert avoid(["big2"], history, BudgetSettings()) is None
+    assert avoid(["big1"], history, BudgetSettings(node_faults=None)) is None
+    again = dataclasses.replace(history, past=(*history.past, *attempts("bad_node")))
+    assert avoid(["big1"], again, BudgetSettings()) is None
 
 
 def test_an_attempt_that_died_before_it_restored_counts():

@@ -8,6 +8,7 @@ import pytest
 
 import hpc_resume as hr
 from hpc_resume.journal import read_events
+from hpc_resume.run import peers
 from hpc_resume.rundir import RunDirectory
 from tests.ranks import Attempt
 from tests.run.training import train
@@ -110,6 +111,20 @@ def test_a_rank_that_hangs_is_no_dead_one(tmp_path):
     last = ended(tmp_path / "run")
     assert (last["cause"], last["decision"]) == ("hang", "continue")
     assert "no step ended within 1 s" in last["evidence"]
+
+
+def begin_alone():
+    if os.environ["SUBMITIT_LOCAL_GLOBALID"] == "0":
+        peers.JOIN_S = 1.0
+        train(10)
+
+
+def test_ranks_that_do_not_meet_are_silent_not_crashed(tmp_path):
+    attempt = Attempt(tmp_path / "run", 2, begin_alone)
+    assert attempt.wait() == [75, 0], attempt.log.read_text()
+    last = ended(tmp_path / "run")
+    assert (last["cause"], last["decision"]) == ("hang", "continue")
+    assert "the ranks did not meet" in last["evidence"]
 
 
 DYING = """

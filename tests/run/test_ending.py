@@ -1,4 +1,5 @@
 import pytest
+import torch.distributed as dist
 
 from hpc_resume.config import Config
 from hpc_resume.errors import SchedulerError
@@ -8,6 +9,7 @@ from hpc_resume.policy.retry import History, PastAttempt
 from hpc_resume.run.attempt import AttemptFacts
 from hpc_resume.run.ending import LastWord, end_attempt
 from hpc_resume.run.fault import Fault
+from hpc_resume.run.peers import Peers
 from hpc_resume.scheduler.base import JobFacts, NoScheduler
 from hpc_resume.scheduler.cause import Cause, Verdict
 from hpc_resume.scheduler.environment import JobEnvironment
@@ -154,3 +156,26 @@ def test_an_attempt_is_not_tried_when_the_budget_is_spent(last_word):
     idle = [PastAttempt(number=n, cause="crash", first_step=10) for n in (1, 2, 3)]
     assert "no progress in 3 attempts" in last_word(past=idle).why_spent(10)
     assert last_word(past=idle).why_spent(20) is None
+
+
+def alone():
+    environment = JobEnvironment.detect(ENVIRON, hostname="n1", pid=1)
+    return Peers(environment, dist.HashStore(), None, "x")
+
+
+def test_a_bad_node_is_left_at_once(last_word):
+    slurm = Slurm()
+    word = last_word(slurm, faults={"n1": (1, 2)})
+    assert word.leave_bad_nodes({"n2": [0]}, alone()) is None
+    assert (
+        word.leave_bad_nodes({"n1": [0], "n2": [1]}, alone())
+        == "n1 is avoided: it failed in attempts 1 and 2"
+    )
+    assert slurm.requeued == 1
+    said = last_word.said()
+    assert (said["cause"], said["decision"], said["exclude"]) == ("bad_node", "continue", ["n1"])
+    assert said["evidence"] == "the attempt was started on n1, n2"
+
+
+def test_only_slurm_has_other_nodes(last_word):
+    assert last_word(environ={}, faults={"n1": (1, 2)}).leave_bad_nodes({"n1": [0]}, alone()) is None

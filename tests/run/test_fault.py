@@ -182,23 +182,33 @@ def test_a_killed_data_worker_needs_the_kernels_word(tmp_path):
 @pytest.mark.parametrize("cause", [Cause.CANCEL, Cause.NODE_FAILURE])
 def test_what_is_certain_stays_when_no_boundary_comes(ranks, cause):
     neighbour(ranks[0], 1, alive=False)
-    found = ranks[0].behind(Verdict(cause=cause, evidence="SIGTERM"), "no step ended within 60 s")
+    found = ranks[0].behind(
+        Verdict(cause=cause, evidence="SIGTERM"), "no step ended within 60 s", at_boundary=False
+    )
     assert found.cause is cause
 
 
 def test_no_boundary_and_nobody_dead_is_a_hang(ranks):
     asked = Verdict(cause=Cause.TIME_LIMIT, evidence="SIGUSR2; 100 s before the time limit")
-    found = ranks[0].behind(asked, "no step ended within 60 s")
+    found = ranks[0].behind(asked, "no step ended within 60 s", at_boundary=False)
     assert found.cause is Cause.HANG
     assert found.evidence == (
         "no step ended within 60 s; asked to stop by SIGUSR2; 100 s before the time limit"
     )
 
 
+def test_a_last_save_that_takes_too_long_is_no_hang(ranks):
+    neighbour(ranks[0], 1, alive=False)
+    asked = Verdict(cause=Cause.TIME_LIMIT, evidence="SIGUSR2")
+    found = ranks[0].behind(asked, "the last checkpoint was not committed", at_boundary=True)
+    assert found.cause is Cause.TIME_LIMIT
+    assert found.evidence == "the last checkpoint was not committed; asked to stop by SIGUSR2"
+
+
 def test_no_boundary_because_a_rank_is_dead(ranks):
     neighbour(ranks[0], 1, alive=False)
     asked = Verdict(cause=Cause.SIGNAL, evidence="SIGTERM", already_requeued=True)
-    found = ranks[0].behind(asked, "the ranks could not agree")
+    found = ranks[0].behind(asked, "the ranks could not agree", at_boundary=False)
     assert (found.cause, found.nodes, found.already_requeued) == (Cause.CRASH, ("n1",), True)
     assert found.evidence.startswith("rank 1 on n1: its process")
 

@@ -116,6 +116,20 @@ def test_a_crash_that_comes_again_waits_and_then_stops(cluster):
     assert "when it is mended, submit it again" in explain(run.root).outlook.lines[-1]
 
 
+def test_a_run_leaves_a_node_that_has_killed_it_twice(cluster):
+    run = Scenario(cluster, "bad-node", constraint="v100", steps=300)
+    for attempt in (1, 2):
+        run.wait_for_progress(attempt, step=20 * attempt)
+        os.kill(run.pid_of_rank(0), signal.SIGKILL)
+    assert run.wait_until_over(150) == "COMPLETED", run.log()
+    nodes = [list(events(run, attempt, "met")[0]["ranks"]) for attempt in (1, 2, 3, 4)]
+    assert nodes[0] == nodes[1] == nodes[2]
+    word = last_word(run, 3)
+    assert (word["cause"], word["decision"], word["exclude"]) == ("bad_node", "continue", nodes[0])
+    assert f"{nodes[0][0]} is avoided: it failed in attempts 1 and 2" in told(run, 3)
+    assert nodes[3] != nodes[0]
+
+
 def test_a_node_that_dies_under_a_run(cluster):
     run = Scenario(cluster, "node-dies", nodes=2, steps=200)
     run.wait_for_progress()
