@@ -55,6 +55,7 @@ def begin_attempt(
         "schema": SCHEMA,
         "attempt": number,
         "job_id": environment.job_id,
+        "chain": environment.chain,
         "restart_count": environment.restart_count,
         "kind": environment.kind,
         "rendezvous": environment.rendezvous,
@@ -76,8 +77,8 @@ def begin_attempt(
     return AttemptFacts(number=number, run_id=identity["run_id"], node_type=node_type), journal
 
 
-def idle_before(run: RunDirectory, number: int, job_id: str | None, first_step: int) -> int:
-    """Count the attempts of this job, up to the one before ``number``, that brought the run nowhere in a row.
+def idle_before(run: RunDirectory, number: int, chain: str | None, first_step: int) -> int:
+    """Count the attempts of this chain, up to the one before ``number``, that brought the run nowhere in a row.
 
     Parameters
     ----------
@@ -85,16 +86,18 @@ def idle_before(run: RunDirectory, number: int, job_id: str | None, first_step: 
         The run directory.
     number
         The attempt that is beginning.
-    job_id
-        Its job; attempts of another job do not count, because a person submitted this one anew.
+    chain
+        Its jobs that go on from each other; attempts of others do not count, because a person submitted this
+        one anew.
     first_step
         Step that it begins at.
     """
-    if job_id is None:
+    if chain is None:
         return 0
     first_steps = [first_step]
     for earlier in reversed([n for n in run.attempt_numbers() if n < number]):
-        if _record(run, earlier).get("job_id") != job_id:
+        record = _record(run, earlier)
+        if record.get("chain", record.get("job_id")) != chain:
             break
         # An attempt that died before it restored anything began, for all we know, where the next one does.
         first_steps.insert(0, _first_step(run, earlier, default=first_steps[0]))

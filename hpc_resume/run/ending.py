@@ -18,6 +18,8 @@ from hpc_resume.errors import (
 )
 from hpc_resume.files import Clock, JsonObject
 from hpc_resume.journal import Journal
+from hpc_resume.policy.decision import Decision
+from hpc_resume.run.continuation import Continuation
 from hpc_resume.scheduler.base import Scheduler
 from hpc_resume.scheduler.cause import Cause, Verdict, classify
 from hpc_resume.scheduler.environment import JobEnvironment
@@ -86,12 +88,14 @@ def lost_a_peer(error: Exception) -> bool:
 
 
 class LastWord:
-    """Ends an attempt on its rank 0: decides, tells the scheduler, writes the journal.
+    """Ends an attempt on its rank 0: decides, has the run continued or not, writes the journal.
 
     Parameters
     ----------
     environment, scheduler, config
         Of the attempt.
+    continuation
+        How the run goes on; on rank 0.
     clock
         Unix time in seconds.
     journal
@@ -103,6 +107,7 @@ class LastWord:
         environment: JobEnvironment,
         scheduler: Scheduler,
         config: Config,
+        continuation: Continuation,
         *,
         clock: Clock,
         journal: Journal | None,
@@ -110,6 +115,7 @@ class LastWord:
         self._environment = environment
         self._scheduler = scheduler
         self._config = config
+        self._continuation = continuation
         self._clock = clock
         self._journal = journal
         #: Attempts in a row, up to the one before this, that made no progress.
@@ -132,6 +138,7 @@ class LastWord:
         ending = end_attempt(
             verdict,
             self._scheduler,
+            self._continuation,
             own_restarts=self._environment.restart_count,
             warning_lead_s=self._config.warning_lead_s,
             now_s=self._clock(),
@@ -152,14 +159,17 @@ class LastWord:
         return 0 if progressed or self._environment.job_id is None else self.idle_before + 1
 
     def write(self, ending: Ending, *, step: int) -> None:
-        """Write an ending that was decided elsewhere."""
+        """Write an ending that was decided elsewhere; on rank 0 nothing comes after one that is none to go on."""
         if self._journal is not None:
+            if ending.decision != "continue":
+                self._continuation.end(ending.why)
             self._journal.event("ended", durable=True, step=step, **ending.to_json())
 
 
 def end_attempt(
     verdict: Verdict,
     scheduler: Scheduler,
+    continuation: Continuation,
     *,
     own_restarts: int,
     warning_lead_s: float,
@@ -176,6 +186,8 @@ def end_attempt(
         Why the attempt ends, as judged when the signal came.
     scheduler
         Of this job.
+    continuation
+        How the run goes on.
     own_restarts, warning_lead_s, now_s
         For judging anew if the scheduler refuses.
     idle
@@ -194,12 +206,11 @@ def end_attempt(
             "something fails every time; read the log of the last attempt, and submit again when it is mended",
         )
     why = f"{verdict.cause.value} ({verdict.evidence})"
-    if verdict.already_requeued:
-        return _continue(verdict.cause, f"{why}; the scheduler has requeued it")
+    decision = Decision(action="continue", why=why)
     if exit_code_suffices:
-        return _continue(verdict.cause, f"{why}; the launcher continues it on exit code {EXIT_CONTINUE}")
+        return _continue(verdict.cause, f"{why}; {continuation.leave(decision)}")
     try:
-        requeued = scheduler.requeue()
+        how = continuation.go_on(decision, already=verdict.already_requeued)
     except SchedulerError as error:
         # Saving took its time: somebody may have cancelled the job meanwhile.
         again = classify(
@@ -214,7 +225,6 @@ def end_attempt(
         return _continue(
             verdict.cause, f"{why}; not requeued from here ({error}), left to exit code {EXIT_CONTINUE}"
         )
-    how = "requeued" if requeued else f"left to exit code {EXIT_CONTINUE}"
     return _continue(verdict.cause, f"{why}; {how}")
 
 

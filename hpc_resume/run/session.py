@@ -29,6 +29,7 @@ from hpc_resume.files import Clock
 from hpc_resume.journal import Journal
 from hpc_resume.run import generators
 from hpc_resume.run.attempt import AttemptFacts, begin_attempt, idle_before
+from hpc_resume.run.continuation import choose
 from hpc_resume.run.ending import Ending, LastWord, after_crash, lost_a_peer
 from hpc_resume.run.metrics import Metrics
 from hpc_resume.run.peers import join
@@ -125,9 +126,17 @@ class Session:
                 self._journal,
                 self.say,
             )
+            continuation = choose(self.config, self.environment, self._scheduler, self.directory)
             self._last_word = LastWord(
-                self.environment, self._scheduler, self.config, clock=self._clock, journal=self._journal
+                self.environment,
+                self._scheduler,
+                self.config,
+                continuation,
+                clock=self._clock,
+                journal=self._journal,
             )
+            if self._journal is not None and (how := continuation.prepare()):
+                self._note("provided", how=how)
         except BaseException as error:
             self.stopping.abandon()
             if isinstance(error, RendezvousError) and self.environment.job_id is not None:
@@ -171,7 +180,7 @@ class Session:
             self._note("restored", checkpoint=restored.name, step=self.step, saved_world_size=saved_on)
         idle = 0
         if self.rank == 0:
-            idle = idle_before(self.directory, self.facts.number, self.environment.job_id, self.step)
+            idle = idle_before(self.directory, self.facts.number, self.environment.chain, self.step)
         self._check_budget(self.peers.share("idle", idle))
         self.stopping.start(self.step)
 
