@@ -132,6 +132,16 @@ def preempted(cluster, way):
     return run.wait_until_nothing_is_left()
 
 
+def preempted_for_good(cluster, way):
+    """The site's PreemptMode is CANCEL: Slurm itself does not run the job again."""
+    run = Run(cluster, f"spot-{way}", way, STOP, DONE, types=[{"partition": "spot"}])
+    node = run.wait()["node"]
+    other = cluster.sbatch("#!/bin/bash\nsleep 1", "-p", "high", "-w", node, "--exclusive", "-t", "1")
+    run.wait(2)
+    cluster.wait_state(other, *OVER)
+    return run.wait_until_nothing_is_left()
+
+
 def cancelled(cluster, way):
     run = Run(cluster, f"cancelled-{way}", way, STOP, DONE)
     cluster.cancel(run.wait()["job"])
@@ -311,6 +321,7 @@ def moved_in_the_queue_to_another_shape(cluster, way):
 SCENARIOS = {
     stopped: WAYS,
     preempted: ("requeue", "chain", "array", "exit"),
+    preempted_for_good: ("requeue", "chain", "array", "exit"),
     cancelled: WAYS,
     cancelled_and_stubborn: WAYS,
     cancelled_without_notice: WAYS,
@@ -374,11 +385,13 @@ def test_a_stop_goes_on_and_nothing_is_left(scenarios, way):
         assert run.notes.read("over", run.id) == "all steps are done"
 
 
-@over(preempted)
-def test_a_preemption_goes_on(scenarios, way):
-    first, second = scenarios(preempted, way).records()
+@pytest.mark.parametrize("function", [preempted, preempted_for_good])
+@pytest.mark.parametrize("way", SCENARIOS[preempted])
+def test_a_preemption_goes_on(scenarios, function, way):
+    run = scenarios(function, way)
+    first, second = run.records()
     assert (second["job"] == first["job"]) == (way in {"requeue", "exit"})
-    assert only_one_at_a_time(scenarios(preempted, way))
+    assert only_one_at_a_time(run)
 
 
 @pytest.mark.parametrize("function", [cancelled, cancelled_and_stubborn, cancelled_without_notice])
