@@ -62,6 +62,8 @@ class NodeType(Settings):
     constraint: str | None = None
     time_limit_s: Seconds | None = None
     """Overrides the run's time limit."""
+    wait_limit_s: Seconds | None = None
+    """A job that has waited so long for this type asks for the next one; without it, it never does."""
     preempt_after_s: Seconds | None = None
     """Embedded scheduler: preempts the attempt that long after it began."""
     grace_s: Lead = 30.0
@@ -105,6 +107,8 @@ class SlurmSettings(Settings):
     gres: str | None = None
     requeue: bool = True
     """Submit with ``--requeue``; off where PreemptMode=CANCEL makes it pointless."""
+    array_elements: Annotated[int, Field(ge=2)] = 20
+    """With ``continuation: array``: the most attempts that one submission gives."""
     additional_parameters: dict[str, Any] = Field(default_factory=dict)
     """Any other ``#SBATCH`` line, as name: value, without the dashes."""
     srun_args: tuple[str, ...] = ()

@@ -281,7 +281,8 @@ def test_importing_the_package_and_asking_for_help_load_nothing_heavy(finished, 
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        (["status"], 0), (["explain"], 0), (["ls"], 0), (["show"], 3), (["verify"], 3), (["cancel"], 3),
+        (["status"], 0), (["explain"], 0), (["ls"], 0), (["show"], 3), (["verify"], 3), (["cancel"], 3), (["resubmit"], 3),
+        (["move-on"], 3),
         (["prune", "RUN", "--keep", "1"], 0), (["script", "--", "true"], 0),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -75,6 +75,7 @@ def begin_attempt(
         "schema": SCHEMA,
         "attempt": number,
         "job_id": environment.job_id,
+        "chain": environment.chain,
         "restart_count": environment.restart_count,
         "kind": environment.kind,
         "rendezvous": environment.rendezvous,
@@ -110,6 +111,6 @@ def begin_attempt(
         number=number,
         run_id=identity["run_id"],
         node_type=node_type,
-        history=history(earlier, found, job_id=environment.job_id, further_types=further_types),
+        history=history(earlier, found, chain=environment.chain, further_types=further_types),
     )
     return facts, journal

@@ -12,6 +12,7 @@ from hpc_resume.journal import Journal
 from hpc_resume.policy.decision import Decision
 from hpc_resume.policy.retry import PastAttempt, avoid, decide, in_vain, why_spent
 from hpc_resume.run.attempt import AttemptFacts
+from hpc_resume.run.continuation import Continuation
 from hpc_resume.run.fault import Fault
 from hpc_resume.run.peers import Peers
 from hpc_resume.scheduler.base import UNKNOWN, Scheduler
@@ -64,12 +65,16 @@ class Ending:
 
 
 class LastWord:
-    """Ends an attempt on its rank 0: decides, tells the scheduler, writes the journal. The others decide alike.
+    """Ends an attempt on its rank 0: decides, has the run continued or not, writes the journal.
+
+    The other ranks decide alike.
 
     Parameters
     ----------
     environment, scheduler, config
         Of the attempt.
+    continuation
+        How the run goes on; on rank 0.
     clock
         Unix time in seconds.
     journal
@@ -83,6 +88,7 @@ class LastWord:
         environment: JobEnvironment,
         scheduler: Scheduler,
         config: Config,
+        continuation: Continuation,
         *,
         clock: Clock,
         journal: Journal | None,
@@ -91,6 +97,7 @@ class LastWord:
         self._environment = environment
         self._scheduler = scheduler
         self._config = config
+        self._continuation = continuation
         self._clock = clock
         self._journal = journal
         self._facts = facts
@@ -184,6 +191,7 @@ class LastWord:
             verdict,
             decision,
             self._scheduler,
+            self._continuation,
             own_restarts=self._environment.restart_count,
             warning_lead_s=self._config.warning_lead_s,
             now_s=self._clock(),
@@ -232,8 +240,10 @@ class LastWord:
         self.write(Ending(verdict=verdict, decision=decision, why=why, exit_code=exit_code), step=step)
 
     def write(self, ending: Ending, *, step: int) -> None:
-        """Write an ending."""
+        """Write an ending; on rank 0 nothing comes after one that is none to go on."""
         if self._journal is not None:
+            if ending.decision != "continue":
+                self._continuation.end(ending.why)
             self._journal.event("ended", durable=True, step=step, **ending.to_json())
 
 
@@ -241,6 +251,7 @@ def end_attempt(
     verdict: Verdict,
     decision: Decision,
     scheduler: Scheduler,
+    continuation: Continuation,
     *,
     own_restarts: int,
     warning_lead_s: float,
@@ -257,6 +268,8 @@ def end_attempt(
         How the run goes on.
     scheduler
         Of this job.
+    continuation
+        Who has it go on.
     own_restarts, warning_lead_s, now_s
         For judging anew if the scheduler refuses.
     exit_code_suffices
@@ -265,7 +278,11 @@ def end_attempt(
     if decision.action == "stop":
         return _ending(verdict, decision, "")
     try:
-        how = _go_on(verdict, decision, scheduler, exit_code_suffices=exit_code_suffices)
+        how = (
+            continuation.leave(decision)
+            if exit_code_suffices
+            else continuation.go_on(decision, already=verdict.already_requeued)
+        )
     except SchedulerError as error:
         # Saving took its time: somebody may have cancelled the job meanwhile.
         again = classify(
@@ -291,18 +308,3 @@ def _ending(verdict: Verdict, decision: Decision, done: str) -> Ending:
         exit_code=EXIT_CONTINUE if decision.action == "continue" else EXIT_FAILED,
         how=decision,
     )
-
-
-def _go_on(
-    verdict: Verdict,
-    decision: Decision,  # noqa: ARG001 - requeue() takes the run's place in the queue as it is
-    scheduler: Scheduler,
-    *,
-    exit_code_suffices: bool,
-) -> str:
-    """Hand the decision to whoever continues the run; says in words what was done."""
-    if verdict.already_requeued:
-        return "the scheduler has requeued it"
-    if exit_code_suffices:
-        return f"the launcher continues it on exit code {EXIT_CONTINUE}"
-    return "requeued" if scheduler.requeue() else f"left to exit code {EXIT_CONTINUE}"

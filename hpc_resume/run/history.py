@@ -113,7 +113,7 @@ def history(
     attempts: list[EarlierAttempt],
     diagnosed: dict[int, Verdict],
     *,
-    job_id: str | None,
+    chain: str | None,
     further_types: bool,
 ) -> History:
     """Sum up what came before an attempt, for the policy.
@@ -124,9 +124,9 @@ def history(
         As :func:`earlier_attempts` read them.
     diagnosed
         By number, what was found out just now.
-    job_id
-        Of the attempt: those of other jobs have a budget of their own, because a person submitted this one
-        anew.
+    chain
+        The attempt's jobs that go on from each other: those of others have a budget of their own, because a
+        person submitted this one anew.
     further_types
         See :class:`History`.
     """
@@ -145,7 +145,7 @@ def history(
         nodes = tuple(str(node) for node in _list(word.get("nodes"))) if cause in _OF_NODES else ()
         for node in nodes:
             faults.setdefault(node, []).append(each.number)
-        if job_id is None or each.record.get("job_id") != job_id:
+        if chain is None or each.record.get("chain", each.record.get("job_id")) != chain:
             past.clear()
             continue
         node_type = each.record.get("node_type")

@@ -27,6 +27,7 @@ from hpc_resume.files import Clock
 from hpc_resume.journal import Journal
 from hpc_resume.run import generators
 from hpc_resume.run.attempt import AttemptFacts, begin_attempt
+from hpc_resume.run.continuation import choose
 from hpc_resume.run.ending import Ending, LastWord
 from hpc_resume.run.fault import Faults, summary
 from hpc_resume.run.memory import OomKills
@@ -122,6 +123,8 @@ class Session:
             if (why := self._last_word.leave_bad_nodes(ranks, self.peers)) is not None:
                 self._part()
                 raise Interrupted(why)
+            if self._journal is not None and (how := self._continuation.prepare()):
+                self._note("provided", how=how)
             self._own_group = self.peers.start_process_group()
             self.stopping.join(self.peers, self._journal)
             self.metrics = Metrics(folder / f"metrics-rank-{self.rank:05d}.jsonl", clock=self._clock)
@@ -161,10 +164,12 @@ class Session:
 
     def _know(self, facts: AttemptFacts) -> None:
         self.facts = facts
+        self._continuation = choose(self.config, self.environment, self._scheduler, self.directory)
         self._last_word = LastWord(
             self.environment,
             self._scheduler,
             self.config,
+            self._continuation,
             clock=self._clock,
             journal=self._journal,
             facts=facts,

@@ -158,6 +158,8 @@ def _alive_rule(facts: JobFacts, *, warned: bool, now_s: float, warning_lead_s: 
 
 
 def _ending_rule(facts: JobFacts) -> tuple[Cause, str]:
+    if facts.preempt_time_s is not None:
+        return Cause.PREEMPTION, "preempted, and not requeued by Slurm"
     cause = cause_of_end(facts.state, facts.reason)
     if cause is not None:
         return cause, "the job is being ended"

@@ -20,75 +20,88 @@ ENVIRON = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLUR
 
 
 class Slurm(NoScheduler):
-    """Says one thing, and does or refuses what it is asked."""
+    """Says one thing."""
 
-    def __init__(self, state="RUNNING", *, answer=True, **fields):
+    def __init__(self, state="RUNNING", **fields):
         self.said = JobFacts(state=state, evidence="as read", **fields)
-        self.answer = answer
-        self.requeued = 0
 
     def facts(self):
         return self.said
 
-    def requeue(self):
-        self.requeued += 1
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
+
+class Way:
+    """A way to go on that notes what it is told, or refuses."""
+
+    def __init__(self, refuses=None):
+        self.refuses = refuses
+        self.told = []
+
+    def prepare(self):
+        return ""
+
+    def go_on(self, decision, *, already=False):
+        self.told.append(("already" if already else "go on", decision))
+        if self.refuses is not None:
+            raise self.refuses
+        return "gone on"
+
+    def leave(self, decision):
+        self.told.append(("leave", decision))
+        return "left"
+
+    def end(self, why):
+        self.told.append(("end", why))
 
 
 def verdict(cause=Cause.TIME_LIMIT, **fields):
     return Verdict(cause=cause, evidence="e", **fields)
 
 
-def end(found, decision=GO_ON, slurm=None, *, suffices=False):
-    slurm = slurm or Slurm()
+def end(found, decision=GO_ON, slurm=None, way=None, *, suffices=False):
+    way = way or Way()
     ending = end_attempt(
-        found, decision, slurm, own_restarts=0, warning_lead_s=60, now_s=0, exit_code_suffices=suffices
-    )
-    return ending, slurm.requeued
-
-
-def test_a_run_that_goes_on_is_requeued_once():
-    ending, requeued = end(verdict())
-    assert (ending.decision, ending.exit_code, requeued) == ("continue", 75, 1)
-    assert ending.why == "time_limit (e); it has saved something new; requeued"
+        found, decision, slurm or Slurm(), way, own_restarts=0, warning_lead_s=60, now_s=0,
+        exit_code_suffices=suffices,
+    )  # fmt: skip
+    return ending, way.told
 
 
 @pytest.mark.parametrize(
-    ("found", "suffices", "word"),
+    ("found", "suffices", "how"),
     [
-        (verdict(already_requeued=True), False, "the scheduler has requeued it"),
-        (verdict(Cause.CRASH), True, "the launcher continues it on exit code 75"),
+        (verdict(), False, "go on"),
+        (verdict(already_requeued=True), False, "already"),
+        (verdict(Cause.CRASH), True, "leave"),
     ],
 )
-def test_nobody_is_asked_for_what_happens_anyway(found, suffices, word):
-    ending, requeued = end(found, suffices=suffices)
-    assert (ending.decision, requeued) == ("continue", 0)
-    assert word in ending.why
+def test_the_decision_is_handed_over_once(found, suffices, how):
+    ending, told = end(found, suffices=suffices)
+    assert (ending.decision, ending.exit_code, told) == ("continue", 75, [(how, GO_ON)])
+    done = "left" if suffices else "gone on"
+    assert ending.why == f"{found.cause.value} (e); it has saved something new; {done}"
 
 
 def test_a_stop_asks_for_nothing():
-    ending, requeued = end(verdict(Cause.CANCEL), Decision(action="stop", why="for good"))
-    assert (ending.decision, ending.exit_code, requeued) == ("stop", 1, 0)
+    ending, told = end(verdict(Cause.CANCEL), Decision(action="stop", why="for good"))
+    assert (ending.decision, ending.exit_code, told) == ("stop", 1, [])
 
 
 def test_a_cancel_while_it_was_saving_is_a_cancel():
-    refuses = SchedulerError("it is being ended")
-    ending, _ = end(verdict(), slurm=Slurm("COMPLETING", answer=refuses, restarts=0))
+    refuses = Way(SchedulerError("it is being ended"))
+    ending, _ = end(verdict(), slurm=Slurm("COMPLETING", restarts=0), way=refuses)
     assert (ending.verdict.cause, ending.decision) == (Cause.CANCEL, "stop")
     assert "while it was saving" in ending.why
-    ending, _ = end(verdict(), slurm=Slurm("RUNNING", answer=refuses))
+    ending, _ = end(verdict(), slurm=Slurm("RUNNING"), way=refuses)
     assert (ending.verdict.cause, ending.decision, ending.exit_code) == (Cause.TIME_LIMIT, "continue", 75)
     assert "left to exit code 75" in ending.why
 
 
 @pytest.fixture
 def last_word(tmp_path):
-    def make(slurm=None, environ=ENVIRON, past=(), **facts):
+    def make(slurm=None, environ=ENVIRON, past=(), way=None, **facts):
         environment = JobEnvironment.detect(environ, hostname="n1", pid=1)
         return LastWord(
-            environment, slurm or Slurm(), Config(), clock=lambda: 0.0,
+            environment, slurm or Slurm(), Config(), way or Way(), clock=lambda: 0.0,
             journal=Journal(tmp_path / "events.jsonl", clock=lambda: 0.0),
             facts=AttemptFacts(number=3, run_id="r", node_type="t", history=History(past=tuple(past), **facts)),
         )  # fmt: skip
@@ -117,9 +130,11 @@ def test_the_decision_is_in_the_journal(last_word):
 
 
 def test_a_mistake_stops_an_error_of_ours_keeps_its_code(last_word):
-    word = last_word()
+    way = Way()
+    word = last_word(way=way)
     assert fail(word, crash(mistake=True), step=0) == 1
     assert last_word.said()["decision"] == "stop"
+    assert way.told == [("end", last_word.said()["why"])]
     assert fail(word, crash(exit_code=4)) == 4
     assert "no further attempt would mend it" in last_word.said()["because"]
 
@@ -143,13 +158,13 @@ def test_the_scheduler_is_asked_why_a_peer_was_lost(last_word):
 
 
 def test_other_ranks_decide_alike_and_ask_nobody(last_word):
-    slurm = Slurm()
+    way = Way()
     environ = {**ENVIRON, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
     idle = [PastAttempt(number=n, cause="crash", first_step=0) for n in (1, 2)]
-    assert fail(last_word(slurm, environ), crash()) == 75
-    assert fail(last_word(slurm, environ, past=idle), crash()) == 1
-    assert fail(last_word(slurm, environ, past=idle), crash(), progressed=True) == 75
-    assert slurm.requeued == 0
+    assert fail(last_word(None, environ, way=way), crash()) == 75
+    assert fail(last_word(None, environ, past=idle, way=way), crash()) == 1
+    assert fail(last_word(None, environ, past=idle, way=way), crash(), progressed=True) == 75
+    assert way.told == []
 
 
 def test_an_attempt_is_not_tried_when_the_budget_is_spent(last_word):
@@ -164,14 +179,14 @@ def alone():
 
 
 def test_a_bad_node_is_left_at_once(last_word):
-    slurm = Slurm()
-    word = last_word(slurm, faults={"n1": (1, 2)})
+    way = Way()
+    word = last_word(way=way, faults={"n1": (1, 2)})
     assert word.leave_bad_nodes({"n2": [0]}, alone()) is None
     assert (
         word.leave_bad_nodes({"n1": [0], "n2": [1]}, alone())
         == "n1 is avoided: it failed in attempts 1 and 2"
     )
-    assert slurm.requeued == 1
+    assert [(how, decision.exclude) for how, decision in way.told] == [("go on", ("n1",))]
     said = last_word.said()
     assert (said["cause"], said["decision"], said["exclude"]) == ("bad_node", "continue", ["n1"])
     assert said["evidence"] == "the attempt was started on n1, n2"
