@@ -215,7 +215,7 @@ class LastWord:
         )
         ending = _ending(verdict, Decision(action="stop", why=why), "")
         ending = replace(ending, exit_code=fault.exit_code or EXIT_FAILED)
-        self.write(ending, step=step)
+        self.write(ending, step=step, fenced=fault.fenced)
         return ending.exit_code
 
     def _why_lost(self, verdict: Verdict) -> Verdict:
@@ -239,10 +239,10 @@ class LastWord:
         verdict = Verdict(cause=cause, evidence=why)
         self.write(Ending(verdict=verdict, decision=decision, why=why, exit_code=exit_code), step=step)
 
-    def write(self, ending: Ending, *, step: int) -> None:
-        """Write an ending; on rank 0 nothing comes after one that is none to go on."""
+    def write(self, ending: Ending, *, step: int, fenced: bool = False) -> None:
+        """Write an ending; on rank 0 nothing comes after one that is none to go on, unless it has come already."""
         if self._journal is not None:
-            if ending.decision != "continue":
+            if ending.decision != "continue" and not fenced:
                 self._continuation.end(ending.why)
             self._journal.event("ended", durable=True, step=step, **ending.to_json())
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.distributed import DistError
 
-from hpc_resume.errors import BudgetSpent, HpcResumeError, RendezvousError, SaveError
+from hpc_resume.errors import BudgetSpent, FencedError, HpcResumeError, RendezvousError, SaveError
 from hpc_resume.files import DISK, JsonObject
 from hpc_resume.run.history import FAULT
 from hpc_resume.run.memory import OomKills
@@ -64,6 +64,8 @@ class Fault:
         An exception of the script's own before the first step.
     exit_code
         Of an error of ours that no further attempt would mend.
+    fenced
+        A later attempt owns the run, and goes on.
     """
 
     cause: Cause
@@ -71,6 +73,7 @@ class Fault:
     nodes: tuple[str, ...] = ()
     mistake: bool = False
     exit_code: int | None = None
+    fenced: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -244,7 +247,8 @@ class Faults:
         if isinstance(error, HpcResumeError):
             cause = Cause.NO_PROGRESS if isinstance(error, BudgetSpent) else Cause.CRASH
             final = None if isinstance(error, SaveError) else error.exit_code
-            return Fault(cause=cause, evidence=evidence, exit_code=final)
+            fenced = isinstance(error, FencedError)
+            return Fault(cause=cause, evidence=evidence, exit_code=final, fenced=fenced)
         if _out_of_memory(error):
             return Fault(cause=Cause.OUT_OF_MEMORY, evidence=evidence)
         if _KILLED_WORKER.search(str(error)) and (kills := self._killed()):

@@ -139,6 +139,13 @@ def test_a_mistake_stops_an_error_of_ours_keeps_its_code(last_word):
     assert "no further attempt would mend it" in last_word.said()["because"]
 
 
+def test_an_attempt_that_was_fenced_off_ends_nothing_but_itself(last_word):
+    way = Way()
+    assert fail(last_word(way=way), crash(exit_code=1, fenced=True)) == 1
+    assert last_word.said()["decision"] == "stop"
+    assert way.told == []
+
+
 def test_where_nobody_starts_it_again_it_fails(last_word):
     assert fail(last_word(environ={}), crash()) == 1
     assert "nobody starts it again" in last_word.said()["because"]

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from hpc_resume.errors import (
     BudgetSpent,
+    FencedError,
     IntegrityError,
     MismatchError,
     RendezvousError,
@@ -107,6 +108,7 @@ def test_a_broken_gpu_is_no_mistake_of_the_script(ranks):
     [
         (MismatchError("other shapes"), Cause.CRASH, 2),
         (IntegrityError("damaged"), Cause.CRASH, 4),
+        (FencedError("attempt 7 has begun"), Cause.CRASH, 1),
         (BudgetSpent("enough"), Cause.NO_PROGRESS, 1),
         (SaveError(errno.ENOSPC, "no space"), Cause.CRASH, None),
     ],
@@ -114,6 +116,7 @@ def test_a_broken_gpu_is_no_mistake_of_the_script(ranks):
 def test_errors_of_ours_keep_their_code_and_blame_no_node(ranks, error, cause, code):
     found = ranks[0].of(error, begun=True)
     assert (found.cause, found.exit_code, found.nodes, found.mistake) == (cause, code, (), False)
+    assert found.fenced == isinstance(error, FencedError)
 
 
 def test_a_rank_that_lost_a_peer_takes_the_peers_word(ranks):
