@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Replicate
 
 from hpc_resume.checkpoint import dtypes
-from hpc_resume.checkpoint.leaves import escape
+from hpc_resume.checkpoint.names import escape
 from hpc_resume.checkpoint.structure import TensorRecord
 
 

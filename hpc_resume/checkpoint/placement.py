@@ -95,7 +95,8 @@ def _ranks(mesh: torch.Tensor) -> tuple[int, ...]:
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this rank holds of a tensor, as plain values."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    local = local.detach()
+    if local.requires_grad:
+        local = local.detach()
     if local.is_conj() or local.is_neg():
         return local.resolve_conj().resolve_neg()
     return local

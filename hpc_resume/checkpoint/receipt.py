@@ -168,8 +168,7 @@ def objects_digest(objects: Any) -> str:
 
 def carries_structure(structure: Structure, rank: int) -> bool:
     """Whether a rank's receipt holds the structure: it is the lowest that stores anything of it by rule."""
-    layouts = {record.layout for record in structure.tensors.values()} - {None}
-    ranks = {min(layout.ranks) for layout in layouts if layout is not None and len(layout.ranks) > 1}
+    ranks = {min(layout.ranks) for layout in structure.layouts if len(layout.ranks) > 1}
     return rank in (ranks | {0})
 
 

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from hpc_resume.checkpoint.index import LONGEST_BYTES, Index, decode_index, index_digest
@@ -73,7 +74,7 @@ class ShardFile:
                 raise IntegrityError("its index is not what was written (xxh3 differs)")
             index = decode_index(data, table, size_bytes=size_bytes)
             rest = size_bytes - index.reach.get(0, (0, 0))[1] - len(data) - len(table)
-            if rest > _MOST_REST_BYTES + _MOST_REST_BYTES_PER_BOX * len(index.entries):
+            if rest > _MOST_REST_BYTES + _MOST_REST_BYTES_PER_BOX * len(index):
                 raise IntegrityError(f"{rest} bytes of it belong to nothing")
             unknown = {checkpoint for checkpoint, _ in index.files} - set(manifest.refers)
             if unknown:
@@ -133,7 +134,7 @@ class ShardFile:
         into
             Of their length.
         """
-        entry = self.index.entries[number]
+        entry = self.index.entry(number)
         begin, end = checks[0][0], checks[-1][1]
         if len(entry.runs) == 1:
             self.read(entry.runs[0].file, entry.runs[0].offset + begin, into)
@@ -150,22 +151,32 @@ class ShardFile:
             if digest(into[low - begin : high - begin]) != table[first + place]:
                 raise self._damage(number, low, high - low)
 
-    def verify(self, number: int, data: memoryview) -> None:
-        """Compare a box that is one block with its checksum.
+    def verify(self, numbers: Sequence[int], found: Sequence[int]) -> None:
+        """Compare boxes of one block each with their checksums.
+
+        Parameters
+        ----------
+        numbers
+            Of the boxes in the index.
+        found
+            Checksums of what was read.
 
         Raises
         ------
         IntegrityError
-            If it differs; the message names the file, the tensor and the bytes.
+            If one differs; the message names the file, the tensor and the bytes.
         """
-        if xxhash.xxh3_64_intdigest(data) != self.index.table[self.index.first_checksum[number]]:
-            raise self._damage(number, 0, len(data))
+        places = self.index.first_checksum[np.array(numbers, np.int64)]
+        differs = np.asarray(self.index.table)[places] != np.array(found, np.uint64)
+        if differs.any():
+            number = numbers[int(np.argmax(differs))]
+            raise self._damage(number, 0, self.index.entry(number).length)
 
     def _damage(self, number: int, position: int, length: int) -> IntegrityError:
         """Say which bytes of a box differ from what was written."""
         file, offset = self._whereabouts(number, position)
         return IntegrityError(
-            f"{self._path(file)}: {self.index.entries[number].name}: bytes {offset} to {offset + length} are not "
+            f"{self._path(file)}: {self.index.names[number]}: bytes {offset} to {offset + length} are not "
             "what was written (xxh3 differs)"
         )
 
@@ -173,12 +184,12 @@ class ShardFile:
         """File and offset of a byte of a box."""
         starts = self._run_starts(number)
         place = bisect_right(starts, position) - 1
-        run = self.index.entries[number].runs[place]
+        run = self.index.entry(number).runs[place]
         return run.file, run.offset + position - starts[place]
 
     def _run_starts(self, number: int) -> list[int]:
         """Byte positions in a box at which its runs begin."""
-        runs = self.index.entries[number].runs
+        runs = self.index.entry(number).runs
         if len(runs) == 1:
             return [0]
         if number not in self._starts:
@@ -193,7 +204,7 @@ class ShardFile:
         IntegrityError
             If one is not; the message names it.
         """
-        for file in {run.file for run in self.index.entries[number].runs}:
+        for file in {run.file for run in self.index.entry(number).runs}:
             self._fd(file)
 
     def _fd(self, file: int) -> int:

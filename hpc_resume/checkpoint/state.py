@@ -31,7 +31,8 @@ from hpc_resume.checkpoint.fit import (
 )
 from hpc_resume.checkpoint.image import Piece
 from hpc_resume.checkpoint.layout import Layout, spread
-from hpc_resume.checkpoint.leaves import escape, flatten, leaf
+from hpc_resume.checkpoint.leaves import flatten, leaf
+from hpc_resume.checkpoint.names import escape
 from hpc_resume.checkpoint.placement import kept_equal_by_ddp, layout_of, local_of
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
 from hpc_resume.checkpoint.snapshot import Captured, pieces_of

@@ -182,7 +182,7 @@ def _promised(file: ShardFile, manifest: Manifest, rank: int) -> Iterator[Findin
     for name, box in manifest.structure.stored_by(rank):
         record = manifest.structure.tensors[name]
         try:
-            entry = file.index.entries[file.index.find(name, box)]
+            entry = file.index.entry(file.index.find(name, box))
             if (entry.dtype, entry.shape) != (record.dtype, record.shape):
                 raise IntegrityError(f"{name}: is another tensor in its index")
         except IntegrityError as error:
