@@ -274,17 +274,16 @@ def _read_rows(task: tuple[_Part, int, int]) -> int:
 
 def _read_direct(part: _Part, begin: int, end: int, into: memoryview) -> int:
     """Read bytes of a stored box to their place; only the blocks at the ends may need a buffer."""
-    count = 0
-    for group in _groups(part.entry, begin, end):
+    groups = list(_groups(part.entry, begin, end))
+    inner = [group for group in groups if begin <= group[0][0] and group[-1][1] <= end]
+    count = part.file.read_checked(part.number, inner, into, begin)
+    for group in groups:
         low, high = group[0][0], group[-1][1]
-        if begin <= low and high <= end:
-            part.file.read_checked(part.number, group, into[low - begin : high - begin])
-        else:
+        if low < begin or high > end:
             buffer = memoryview(bytearray(high - low))
-            part.file.read_checked(part.number, group, buffer)
+            count += part.file.read_checked(part.number, [group], buffer, low)
             inner_low, inner_high = max(low, begin), min(high, end)
             into[inner_low - begin : inner_high - begin] = buffer[inner_low - low : inner_high - low]
-        count += high - low
     return count
 
 
@@ -318,7 +317,7 @@ def _read_through(part: _Part, out: torch.Tensor, low: int, high: int, row_bytes
         # Rows whose blocks were read anyway are taken along.
         end_row = min(high, max(end_row, last // row_bytes))
         raw = torch.empty(last - first, dtype=torch.uint8)
-        part.file.read_checked(part.number, group, raw.numpy().data)
+        part.file.read_checked(part.number, [group], raw.numpy().data, first)
         count += len(raw)
         inner = entry.box.size[1:]
         size = (end_row - row, *inner) if entry.box.size else ()

@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -122,34 +122,50 @@ class ShardFile:
         except (IntegrityError, OSError) as error:
             raise IntegrityError(f"{self._path(file)}: {error}") from error
 
-    def read_checked(self, number: int, checks: Sequence[Check], into: memoryview) -> None:
-        """Read a stretch of a box and verify it.
+    def read_checked(
+        self, number: int, groups: Iterable[Sequence[Check]], into: memoryview, begin: int = 0
+    ) -> int:
+        """Read stretches of a box, and verify each while it is in the cache; returns their bytes.
 
         Parameters
         ----------
         number
             Of the box in the index.
-        checks
-            Neighbouring blocks or segments that make up the stretch; see :func:`blocks.checks`.
+        groups
+            For each stretch the blocks or segments that cover it, the last one up to its end; see
+            :func:`blocks.checks`.
         into
-            Of their length.
+            Where the box's bytes go from ``begin`` on.
+        begin
+            Byte of the box.
         """
         entry = self.index.entry(number)
-        begin, end = checks[0][0], checks[-1][1]
-        if len(entry.runs) == 1:
-            self.read(entry.runs[0].file, entry.runs[0].offset + begin, into)
-        else:
-            starts = self._run_starts(number)
-            for turn in range(bisect_right(starts, begin) - 1, len(entry.runs)):
-                run, position = entry.runs[turn], starts[turn]
-                if position >= end:
-                    break
-                low, high = max(begin, position), min(end, position + run.length)
-                self.read(run.file, run.offset + low - position, into[low - begin : high - begin])
-        digest, table, first = xxhash.xxh3_64_intdigest, self.index.table, self.index.first_checksum[number]
-        for low, high, place in checks:
-            if digest(into[low - begin : high - begin]) != table[first + place]:
-                raise self._damage(number, low, high - low)
+        digest, table = xxhash.xxh3_64_intdigest, self.index.table
+        first = int(self.index.first_checksum[number])
+        run = entry.runs[0]
+        fd = self._fd(run.file) if len(entry.runs) == 1 else None
+        total = 0
+        for checks in groups:
+            low, high = checks[0][0], checks[-1][1]
+            stretch = into[low - begin : high - begin]
+            if fd is None or not _reads(fd, run.offset + low, stretch):
+                self._read_runs(number, low, stretch)  # or it says what is wrong
+            for start, end, place in checks:
+                if digest(stretch[start - low : end - low]) != table[first + place]:
+                    raise self._damage(number, start, end - start)
+            total += high - low
+        return total
+
+    def _read_runs(self, number: int, begin: int, into: memoryview) -> None:
+        """Read a stretch of a box from wherever its parts are."""
+        runs, starts = self.index.entry(number).runs, self._run_starts(number)
+        end = begin + len(into)
+        for turn in range(bisect_right(starts, begin) - 1, len(runs)):
+            run, position = runs[turn], starts[turn]
+            if position >= end:
+                break
+            low, high = max(begin, position), min(end, position + run.length)
+            self.read(run.file, run.offset + low - position, into[low - begin : high - begin])
 
     def verify(self, numbers: Sequence[int], found: Sequence[int]) -> None:
         """Compare boxes of one block each with their checksums.
@@ -235,6 +251,14 @@ def _open(path: Path) -> int:
             os.close(folder)
     except OSError as error:
         raise IntegrityError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def _reads(fd: int, offset: int, into: memoryview) -> bool:
+    """Read by one system call; whether it gave all."""
+    try:
+        return os.preadv(fd, [into], offset) == len(into)
+    except OSError:
+        return False
 
 
 def _read_exactly(fd: int, offset: int, into: memoryview) -> None:

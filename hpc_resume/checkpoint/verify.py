@@ -152,8 +152,7 @@ def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[
             try:
                 for checks in _all_checks(entry.cut):
                     low, high, _ = checks[0]
-                    file.read_checked(number, checks, memoryview(bytearray(high - low)))
-                    count(high - low)
+                    count(file.read_checked(number, [checks], memoryview(bytearray(high - low)), low))
             except IntegrityError as error:
                 findings.append(Finding(path=path, problem=_bare(error, path)))
         if not findings and file.rest_checksum() != recorded.rest:
