@@ -7,11 +7,13 @@ arithmetic, so a manifest records a tensor once, however many ranks have written
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from operator import itemgetter
 from typing import Any
 
 from hpc_resume.checkpoint.blocks import panels
@@ -73,6 +75,23 @@ class TensorRecord:
         return math.prod(self.shape) * item_bytes(self.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Names of tensors by layout; by rank the layouts that it is in, and the boxes that no layout describes."""
+
+    names: dict[Layout, list[str]]
+    layouts: dict[int, list[Layout]]
+    pieces: dict[int, list[tuple[str, Box]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """Who stores what of that which some ranks hold alike."""
+
+    by_name: dict[str, list[tuple[int, Box]]]
+    by_owner: dict[int, list[tuple[str, Box]]]
+
+
 class Structure:
     """The global tensors of a checkpoint.
 
@@ -87,9 +106,7 @@ class Structure:
         self.tensors: dict[str, TensorRecord] = (
             dict(tensors) if names == list(tensors) else {name: tensors[name] for name in names}
         )
-        self._shares: dict[tuple[int, ...], dict[str, list[tuple[int, Box]]]] = {}
-        self._shared: dict[tuple[int, ...], list[tuple[Layout, int]]] | None = None
-        self._by_layout: dict[Layout, list[str]] = {}
+        self._shares: dict[tuple[int, ...], _Shares] = {}
         self._digest: str | None = None
         self._text: str | None = None
         #: Each layout once. By id first: one of thousands of ranks is not hashed for each tensor.
@@ -136,30 +153,32 @@ class Structure:
         return _recent.get(digest)
 
     def stored_by(self, rank: int) -> Iterator[tuple[str, Box]]:
-        """Give what a rank stores, by name; a tensor without elements is stored by nobody."""
-        held: dict[Layout | None, tuple[int, tuple[int, ...]] | None] = {None: None}
-        for name, record in self.tensors.items():
-            layout = record.layout
-            if layout is not None and layout not in held:
-                group = layout.group_of(rank)
-                held[layout] = None if group is None else (group, layout.holders(group))
-            for owner, box in self._shares_of(name, record, rank, held[layout]):
-                if owner == rank and box.volume:
-                    for panel in _panels(record, box):
-                        yield name, panel
+        """Give what a rank stores, by name; a tensor without elements is stored by nobody.
 
-    def _shares_of(
-        self, name: str, record: TensorRecord, rank: int, held: tuple[int, tuple[int, ...]] | None
-    ) -> Iterable[tuple[int, Box]]:
-        """Who stores what of the box that a rank holds; ``held`` are the box's number and its holders."""
-        if record.layout is None:
-            return record.pieces
-        if held is None:
-            return ()
-        group, holders = held
-        if len(holders) == 1:
-            return ((rank, record.layout.box(record.shape, group)),)
-        return self._replicas(holders).get(name, ())
+        Only what it stores is looked at, and no sooner than it is asked for: all ranks together take as long as there
+        are boxes.
+        """
+        held = self._held
+        parts: list[Iterable[tuple[str, Box]]] = [held.pieces.get(rank, [])]
+        known: set[tuple[int, ...]] = set()
+        for layout in held.layouts.get(rank, ()):
+            group = layout.group_of(rank)
+            assert group is not None
+            holders = layout.holders(group)
+            if len(holders) == 1:
+                parts.append(self._alone(layout, group))
+            elif holders not in known:
+                known.add(holders)
+                parts.append(self._replicas(holders).by_owner[rank])
+        for name, box in heapq.merge(*parts, key=itemgetter(0)):
+            if box.volume:
+                for panel in _panels(self.tensors[name], box):
+                    yield name, panel
+
+    def _alone(self, layout: Layout, group: int) -> Iterator[tuple[str, Box]]:
+        """Give the boxes with a number of all tensors of a layout."""
+        for name in self._held.names[layout]:
+            yield name, layout.box(self.tensors[name].shape, group)
 
     def parts(self, name: str, want: Box) -> Iterator[tuple[int, Box]]:
         """Give the stored boxes that share elements with a box, each with the rank that stores it."""
@@ -181,28 +200,42 @@ class Structure:
             return
         for group, held in record.layout.overlapping(record.shape, want):
             holders = record.layout.holders(group)
-            yield from self._replicas(holders)[name] if len(holders) > 1 else ((holders[0], held),)
+            yield from self._replicas(holders).by_name[name] if len(holders) > 1 else ((holders[0], held),)
 
-    def _replicas(self, holders: tuple[int, ...]) -> dict[str, list[tuple[int, Box]]]:
-        """Who stores what of all that these ranks hold together, by name."""
+    def _replicas(self, holders: tuple[int, ...]) -> _Shares:
+        """Who stores what of all that these ranks hold together."""
         if holders not in self._shares:
-            if self._shared is None:
-                self._shared = self._find_shared()
             members = []
             for layout, group in self._shared.get(holders, ()):
-                for name in self._by_layout[layout]:
-                    record = self.tensors[name]
-                    members.append((name, layout.box(record.shape, group), record.item_bytes))
-            self._shares[holders] = split_replicas(sorted(members, key=lambda member: member[0]), holders)
+                for name, box in self._alone(layout, group):
+                    members.append((name, box, self.tensors[name].item_bytes))
+            by_name = split_replicas(sorted(members, key=itemgetter(0)), holders)
+            by_owner: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in holders}
+            for name, shares in by_name.items():
+                for owner, box in shares:
+                    by_owner[owner].append((name, box))
+            self._shares[holders] = _Shares(by_name, by_owner)
         return self._shares[holders]
 
-    def _find_shared(self) -> dict[tuple[int, ...], list[tuple[Layout, int]]]:
-        """Which boxes of which layouts the same ranks hold together; one look at each rank of each layout."""
+    @cached_property
+    def _held(self) -> _Held:
+        """What is held how; made when it is asked for first."""
+        held = _Held({}, {}, {})
         for name, record in self.tensors.items():
             if record.layout is not None:
-                self._by_layout.setdefault(record.layout, []).append(name)
+                held.names.setdefault(record.layout, []).append(name)
+            for rank, box in record.pieces:
+                held.pieces.setdefault(rank, []).append((name, box))
+        for layout in held.names:
+            for rank in layout.ranks:
+                held.layouts.setdefault(rank, []).append(layout)
+        return held
+
+    @cached_property
+    def _shared(self) -> dict[tuple[int, ...], list[tuple[Layout, int]]]:
+        """Which boxes of which layouts the same ranks hold together; one look at each rank of each layout."""
         shared: dict[tuple[int, ...], list[tuple[Layout, int]]] = {}
-        for layout in self._by_layout:
+        for layout in self._held.names:
             if layout.groups == len(layout.ranks):
                 continue  # every rank has a box of its own
             for group in range(layout.groups):
