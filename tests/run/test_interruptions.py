@@ -168,7 +168,7 @@ def test_kill_9_of_any_rank_leaves_a_run_that_continues(tmp_path, victim):
     committed = 0
     for turn in range(4):
         attempt = Attempt(run_dir, 2, train_often, 100_000, job=f"job-{turn}")
-        attempt.wait_until(lambda floor=committed: committed_step(run_dir) > floor)
+        attempt.wait_until(lambda number=turn + 1: committing_attempt(run_dir) == number)
         time.sleep(chance.random() * 0.05)  # anywhere in a step or a save
         attempt.signal(signal.SIGKILL, ranks=[victim])
         time.sleep(0.03)
@@ -192,6 +192,13 @@ def train_often(steps):
 def committed_step(run_dir):
     names = RunDirectory(run_dir).checkpoint_names()
     return int(names[-1].split("-")[0]) if names else 0
+
+
+def committing_attempt(run_dir):
+    """Which attempt has committed the newest checkpoint: each begins with finishing what the one before has left."""
+    run = RunDirectory(run_dir)
+    names = run.checkpoint_names()
+    return read_manifest(run.checkpoints / names[-1]).attempt if names else 0
 
 
 def test_two_owners_never_publish_in_one_run(tmp_path):
