@@ -42,7 +42,7 @@ from hpc_resume.values import merge, parse_value, put, read_yaml
 
 PREFIX = "HPC_RESUME_"
 #: Variables with our prefix that launchers set and that are no settings.
-WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH", "STEP"})
+WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH", "CHAIN", "STEP"})
 
 
 class Config(Settings):
@@ -65,7 +65,9 @@ class Config(Settings):
     """How long before the time limit the warning signal comes."""
     warning_signal: Literal["USR1", "USR2"] = "USR2"
     node_types: Annotated[tuple[NodeType, ...], Field(min_length=1)] = (NodeType(),)
-    """Embedded scheduler: given in turn, the last one again and again. Slurm: the first one."""
+    """Embedded scheduler: given in turn, the last one again and again. Slurm: in the order of preference."""
+    continuation: Literal["requeue", "chain", "array", "exit", "login"] = "requeue"
+    """How a run goes on in the next job; docs/continuing.md compares the ways."""
     slurm: SlurmSettings = SlurmSettings()
     environment: EnvironmentSettings = EnvironmentSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -109,6 +111,18 @@ class Config(Settings):
                     "the warning would come before the start; set warning_lead_s to what a save takes, "
                     f"say {limit_s / 4:g}, or a longer time_limit_s"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_continuation(self) -> Config:
+        if self.continuation == "array" and len(self.node_types) > 1:
+            raise ValueError(
+                f"continuation is array, whose elements are alike, but there are {len(self.node_types)} "
+                "node_types; set continuation: chain, or give one node type"
+            )
+        names = [node_type.name for node_type in self.node_types]
+        if self.scheduler == "slurm" and len(set(names)) < len(names):
+            raise ValueError(f"node_types have the names {', '.join(names)}; give each its own")
         return self
 
     @classmethod

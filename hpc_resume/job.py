@@ -11,6 +11,7 @@ from hpc_resume.errors import CheckpointNotFound, UsageError
 from hpc_resume.launch.handle import OVER, JobHandle, latest_job
 from hpc_resume.launch.submit import submit as submit_run
 from hpc_resume.report.checkpoints import CheckpointSummary, list_checkpoints
+from hpc_resume.report.explain import Explanation, explain
 from hpc_resume.report.status import RunStatus, status
 from hpc_resume.report.tables import Table, status_table
 
@@ -79,6 +80,10 @@ class Job:
     def status(self) -> RunStatus:
         """Read how the run is: attempts, causes, steps, what was lost."""
         return status(self.run_dir)
+
+    def explain(self) -> Explanation:
+        """Tell what ended each attempt, what was decided and why, and what comes next."""
+        return explain(self.run_dir)
 
     def wait(self, timeout_s: float | None = None) -> str:
         """Wait until the job is over, however often it is continued, and return its state.

@@ -82,6 +82,10 @@ class RunDirectory:
         """Folder of one attempt."""
         return self.attempts / f"{number:04d}"
 
+    def exit_codes_path(self, job_id: str, restart_count: int) -> Path:
+        """Where who started an attempt's ranks leaves their exit codes, until the next attempt has read them."""
+        return self.attempts / f".exit-{job_id}-{restart_count}.json"
+
     def create(self, name: str, *, fs: Filesystem = DISK, clock: Clock = time.time) -> JsonObject:
         """Make the folders and ``run.json`` if they are not there yet.
 

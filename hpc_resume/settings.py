@@ -62,6 +62,8 @@ class NodeType(Settings):
     constraint: str | None = None
     time_limit_s: Seconds | None = None
     """Overrides the run's time limit."""
+    wait_limit_s: Seconds | None = None
+    """A job that has waited so long for this type asks for the next one; without it, it never does."""
     preempt_after_s: Seconds | None = None
     """Embedded scheduler: preempts the attempt that long after it began."""
     grace_s: Lead = 30.0
@@ -147,6 +149,8 @@ class SlurmSettings(Settings):
     gres: str | None = None
     requeue: bool = True
     """Submit with ``--requeue``; off where PreemptMode=CANCEL makes it pointless."""
+    array_elements: Annotated[int, Field(ge=2)] = 20
+    """With ``continuation: array``: the most attempts that one submission gives."""
     additional_parameters: dict[str, Any] = Field(default_factory=dict)
     """Any other ``#SBATCH`` line, as name: value, without the dashes."""
     srun_args: tuple[str, ...] = ()
@@ -209,7 +213,22 @@ class BudgetSettings(Settings):
     """How often a run is continued."""
 
     max_idle: Count = 3
-    """Attempts in a row without progress after which the run is not continued."""
+    """Attempts in a row without progress after which the run is not continued, those aside that others ended."""
+    crashes: Count | None = None
+    """Of those, how many may have crashed. This budget and the next are renewed by progress; none: no limit."""
+    hangs: Count | None = None
+    """How many may have hung."""
+    out_of_memory: Count | None = 2
+    """How many may have run out of memory on the last node type; on the others the next one is tried at once."""
+    node_failures: Count | None = 5
+    """How many may have been ended by failing nodes."""
+    preemptions: Count | None = None
+    """How many may have been preempted or requeued by others."""
+    node_faults: Count | None = 2
+    """A node that has failed the run so often is avoided; none: never."""
+    backoff_s: Lead = 30.0
+    """Wait before the next attempt once two in a row have saved nothing; twice as long each further time."""
+    longest_backoff_s: Lead = 1800.0
     restarts_in_place: Annotated[int, Field(ge=0)] = 2
     """Crashed ranks are started again in the same allocation so often in a row without a new checkpoint."""
 

@@ -76,7 +76,7 @@ def test_status_is_a_table_or_json(finished):
     assert (record["state"], record["attempts"][0]["node_type"]) == ("done", "pair")
 
 
-@pytest.mark.parametrize("verb", ["status", "ls", "show", "verify", "cancel"])
+@pytest.mark.parametrize("verb", ["status", "explain", "ls", "show", "verify", "cancel"])
 def test_no_run_there_is_exit_code_3(tmp_path, verb):
     shown = call(verb, tmp_path / "nix")
     assert (shown.exit_code, shown.stdout) == (3, "")
@@ -84,12 +84,26 @@ def test_no_run_there_is_exit_code_3(tmp_path, verb):
     assert "Traceback" not in shown.stderr
 
 
-@pytest.mark.parametrize("verb", ["status", "ls", "show", "verify", "cancel"])
+@pytest.mark.parametrize("verb", ["status", "explain", "ls", "show", "verify", "cancel"])
 def test_a_file_is_no_run_directory(tmp_path, verb):
     (tmp_path / "train.py").touch()
     shown = call(verb, tmp_path / "train.py")
     assert (shown.exit_code, shown.stdout) == (3, "")
     assert "no run directory" in shown.stderr
+
+
+def test_explain_is_text_or_json(finished):
+    shown = call("explain", finished)
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert shown.stdout.splitlines()[1:] == [
+        "    2 ranks on this machine (pair)",
+        "    from step 9 to step 9",
+        "    ended by itself: all steps are done",
+        "gpt is done",
+        "    nothing is left to do",
+    ]
+    record = json.loads(call("explain", finished, "--json").stdout)
+    assert (record["state"], record["next"]) == ("done", ["nothing is left to do"])
 
 
 def test_ls_of_a_run_without_checkpoints(finished):
@@ -267,7 +281,8 @@ def test_importing_the_package_and_asking_for_help_load_nothing_heavy(finished, 
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        (["status"], 0), (["ls"], 0), (["show"], 3), (["verify"], 3), (["cancel"], 3),
+        (["status"], 0), (["explain"], 0), (["ls"], 0), (["show"], 3), (["verify"], 3), (["cancel"], 3), (["resubmit"], 3),
+        (["move-on"], 3),
         (["prune", "RUN", "--keep", "1"], 0), (["script", "--", "true"], 0),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -278,7 +293,7 @@ def test_no_verb_that_needs_no_tensors_loads_torch(finished, tmp_path, words, co
     call_it += f"got = CliRunner().invoke(cli.main, words)\nassert got.exit_code == {code}, got.output"
     heavy = loaded(call_it, finished, tmp_path)
     assert "torch" not in heavy
-    if words[0] in {"status", "ls", "show", "verify", "prune"}:
+    if words[0] in {"status", "explain", "ls", "show", "verify", "prune"}:
         assert not {"submitit", "h5py", "pydantic"} & set(heavy)
 
 

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,31 @@ def test_every_shipped_file_is_valid_and_commented(path):
     lines = path.read_text().splitlines()
     assert sum("#" in line for line in lines) >= 5
     assert yaml.safe_load(path.read_text())
+
+
+def test_ways_to_continue():
+    config = Config.load(
+        overrides={
+            "continuation": "chain",
+            "slurm.array_elements": 3,
+            "node_types": [{"name": "a", "wait_limit_s": "2:00:00"}, {"name": "b"}],
+        }
+    )
+    assert (config.continuation, config.slurm.array_elements) == ("chain", 3)
+    assert [node_type.wait_limit_s for node_type in config.node_types] == [7200, None]
+    assert Config().continuation == "requeue"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"continuation": "resubmit"}, "'requeue', 'chain', 'array', 'exit' or 'login'"),
+        ({"continuation": "array", "node_types": [{"name": "a"}, {"name": "b"}]}, "continuation: chain"),
+        ({"scheduler": "slurm", "node_types": [{"name": "a"}, {"name": "a"}]}, "give each its own"),
+        ({"slurm": {"array_elements": 1}}, "greater than or equal to 2"),
+        ({"node_types": [{"wait_limit_s": 0}]}, "greater than 0"),
+    ],
+)
+def test_ways_to_continue_that_cannot_be(settings, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Config.load(overrides=settings)

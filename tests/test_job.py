@@ -38,6 +38,7 @@ def test_a_job_shows_itself_as_a_table():
     assert f"(job {job.id}: COMPLETED)" in repr(job)
     assert "<b>greeting: done" in job._repr_html_()
     assert job.status().state == "done"
+    assert repr(job.explain()) == "greeting is done\n    nothing is left to do"
 
 
 def test_a_failed_job_has_no_result_but_a_reason():

@@ -10,6 +10,7 @@ from hpc_resume.records import check_records
 from hpc_resume.run.attempt import begin_attempt
 from hpc_resume.run.metrics import Metrics
 from hpc_resume.rundir import RunDirectory
+from hpc_resume.scheduler.base import NoScheduler
 from hpc_resume.scheduler.environment import JobEnvironment
 
 
@@ -20,7 +21,7 @@ def written(tmp_path_factory):
     environment = JobEnvironment.detect({}, hostname="here", pid=1)
     for seed in (0, 1):
         facts, journal = begin_attempt(
-            run, environment, "a100", Config(name="run", seed=seed), nodes=["here"], clock=lambda: 1.5
+            run, environment, NoScheduler(), Config(name="run", seed=seed), nodes=["here"], clock=lambda: 1.5
         )
         journal.event("fresh", step=0)
         journal.close()

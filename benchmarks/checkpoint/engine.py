@@ -13,9 +13,10 @@ import torch
 from hpc_resume.checkpoint import store
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.commit import claim_attempt
+from hpc_resume.checkpoint.hashing import jobs_of
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
 from hpc_resume.checkpoint.receipt import Header
-from hpc_resume.checkpoint.shard import ShardWriter, jobs_of
+from hpc_resume.checkpoint.shard import ShardWriter
 from hpc_resume.checkpoint.snapshot import Camera, Snapshot
 from hpc_resume.checkpoint.staging import Staging
 from hpc_resume.checkpoint.state import TrackedState
@@ -127,7 +128,7 @@ class Ours:
     def hashing(self, snapshot: Snapshot, level: int) -> float:
         """Seconds of hashing all blocks (level 0), or segments (-1), of a snapshot, with as many threads."""
         cuts = [(cut[level],) for cut in snapshot.cuts]
-        jobs = [job for _, job in jobs_of(snapshot.data, cuts)]
+        jobs = list(jobs_of(snapshot.data, cuts))
         table = np.zeros(sum(len(cut) - 1 for (cut,) in cuts), np.uint64)
         begin = time.perf_counter()
         self._writer.hash(jobs, table)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from hpc_resume.checkpoint.dtypes import torch_dtype
+from hpc_resume.checkpoint.hashing import Bytes
 from hpc_resume.checkpoint.image import ALIGN_BYTES, Image, Piece
-from hpc_resume.checkpoint.shard import Bytes
 
 #: Larger tensors are copied by several threads, in parts of this size.
 _PART_BYTES = 4 << 20
@@ -58,6 +58,7 @@ class Arena:
         for at, content in image.segments:
             self.bytes[at : at + len(content)] = np.frombuffer(content, np.uint8)
         self.data: tuple[Bytes, ...] = tuple(self.bytes[at : at + length] for at, length in image.data)
+        self._large = [length >= _PART_BYTES // 4 for _, length in image.data]
         self._views = self._typed()
         self._events: list[torch.cuda.Event] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -90,9 +91,9 @@ class Arena:
         small: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         remote: dict[torch.device, list[_Pair]] = {}
         for number, source in enumerate(sources):
-            if source.device.type != "cpu":
+            if not source.is_cpu:
                 remote.setdefault(source.device, []).append((self._views[number], source))
-            elif len(self.data[number]) >= _PART_BYTES // 4 and source.is_contiguous():
+            elif self._large[number] and source.is_contiguous():
                 flat = source.reshape(-1).view(torch.uint8).numpy()
                 target = self.data[number]
                 large += [

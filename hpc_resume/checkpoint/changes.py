@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hpc_resume.checkpoint.blocks import Edges, Partitions, count_checksums
+from hpc_resume.checkpoint.hashing import Bytes, Job
 from hpc_resume.checkpoint.image import Image, Piece, changed_image
 from hpc_resume.checkpoint.index import Entry, Run
-from hpc_resume.checkpoint.shard import Bytes, Job, ShardWriter
+from hpc_resume.checkpoint.shard import ShardWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

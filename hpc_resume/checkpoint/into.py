@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from hpc_resume.checkpoint import dtypes, objects
 from hpc_resume.checkpoint.boxes import Box
-from hpc_resume.checkpoint.leaves import escape, flatten
+from hpc_resume.checkpoint.leaves import flatten
+from hpc_resume.checkpoint.names import escape
 from hpc_resume.checkpoint.placement import layout_of, local_of
 from hpc_resume.checkpoint.reader import Wanted
 from hpc_resume.errors import MismatchError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hpc_resume.checkpoint import dtypes, objects
-from hpc_resume.checkpoint.structure import check_name
+from hpc_resume.checkpoint.names import below, check_names, escape
 from hpc_resume.errors import IntegrityError, StateError
-
-_SPECIAL = re.compile(r"[%/\0]|^\.$")
 
 
 def flatten(key: str, state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -38,56 +36,97 @@ def flatten(key: str, state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     StateError
         If something in it can't be stored; the message names its path.
     """
-    leaves: dict[str, torch.Tensor] = {}
-    names: set[str] = set()
-    memory: dict[Any, str] = {}
+    namer = _Namer()
+    return objects.encode(state, (key,), namer), namer.leaves
 
-    def name_tensor(value: Any, path: tuple[str, ...]) -> dict[str, Any] | None:
+
+class _Namer:
+    """Takes the tensors out of one state."""
+
+    def __init__(self) -> None:
+        self.leaves: dict[str, torch.Tensor] = {}
+        self._names: set[str] = set()
+        #: The first tensor at each address; and by all that tells tensors apart, where two are at one address.
+        self._at: dict[int, str] = {}
+        self._memory: dict[Any, str] = {}
+
+    def one(self, value: Any, path: tuple[str, ...]) -> dict[str, Any] | None:
+        """Name a tensor; None if it is none."""
         if isinstance(value, torch.Tensor):
-            tag, tensor = "$tensor", value
-        elif isinstance(value, np.ndarray):
-            if value.dtype.hasobject or value.dtype.kind not in "biufc":
-                return None
-            tag, tensor = "$ndarray", torch.from_numpy(np.ascontiguousarray(value))
-        else:
+            (name,) = self._claim(["/".join(map(escape, path))])
+            stored = self._take(name, value)
+            return {"$tensor": name} if stored is name else {objects.SAME_TAG: [name, stored]}
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject and value.dtype.kind in "biufc":
+            (name,) = self._claim(["/".join(map(escape, path))])
+            self.leaves[name] = torch.from_numpy(np.ascontiguousarray(value))
+            _check(name, self.leaves[name])
+            return {"$ndarray": name}
+        return None
+
+    def all_of(self, values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
+        """Name the tensors of a dict that holds nothing else; None if it does."""
+        if not all(isinstance(value, torch.Tensor) for value in values.values()):
             return None
-        _check(path, tensor)
-        name = _name(path)
-        if name in names:
-            raise StateError(f"{name}: two entries of the state have this name")
-        names.add(name)
-        if tag == "$tensor" and (where := _memory_of(tensor)) is not None:
-            first = memory.setdefault(where, name)
-            if first is not name:
-                return {objects.SAME_TAG: [name, first]}
-        leaves[name] = tensor
-        return {tag: name}
+        prefix = "/".join(map(escape, path))
+        items: list[Any] = []
+        names = self._claim(below(prefix, values.keys()))
+        for key, name, tensor in zip(values, names, values.values(), strict=True):
+            stored = self._take(name, tensor)
+            items.append(key if stored is name else [key, stored])
+        return {objects.TENSORS_TAG: [prefix, items]}
 
-    return objects.encode(state, (key,), name_tensor), leaves
+    def _claim(self, names: list[str]) -> list[str]:
+        """Return names as they are, unless there can be no tensors of these names."""
+        try:
+            check_names(names)
+        except ValueError as error:
+            longest = max(names, key=len)
+            raise StateError(f"{longest!r:.200}: can't be a tensor's name: {error}") from error
+        if not self._names.isdisjoint(names):
+            twice = next(name for name in names if name in self._names)
+            raise StateError(f"{twice}: two entries of the state have this name")
+        self._names.update(names)
+        return names
+
+    def _take(self, name: str, tensor: torch.Tensor) -> str:
+        """Take a tensor; returns its name, or that of an earlier one that it is one with."""
+        _check(name, tensor)
+        first = self._at.setdefault(_address(tensor), name)
+        if first is not name and (where := _memory_of(tensor)) is not None:
+            if (earlier := _memory_of(self.leaves[first])) is not None:
+                self._memory.setdefault(earlier, first)
+            stored = self._memory.setdefault(where, name)
+            if stored is not name:
+                return stored
+        self.leaves[name] = tensor
+        return name
 
 
-def _check(path: tuple[str, ...], tensor: torch.Tensor) -> None:
+def _check(name: str, tensor: torch.Tensor) -> None:
     """Refuse a tensor whose bytes are not simply its values."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise StateError(
-            f"{'/'.join(path)}: a tensor of type {type(local).__qualname__} can't be stored: what is in it is its "
-            "own affair. Plain tensors and DTensors can; with FSDP, use fully_shard"
-        )
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise StateError(f"{'/'.join(path)}: a tensor of layout {tensor.layout} can't be stored")
+    if type(tensor) not in _PLAIN_TYPES:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise StateError(
+                f"{name}: a tensor of type {type(local).__qualname__} can't be stored: what is in it is its "
+                "own affair. Plain tensors and DTensors can; with FSDP, use fully_shard"
+            )
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise StateError(f"{name}: a tensor of layout {tensor.layout} can't be stored")
     if tensor.is_meta:
-        raise StateError(f"{'/'.join(path)}: a tensor on the meta device has no values to store")
+        raise StateError(f"{name}: a tensor on the meta device has no values to store")
     dtypes.name_of(tensor.dtype)
 
 
-def _name(path: tuple[str, ...]) -> str:
-    """Join a path to a tensor's name."""
-    name = "/".join(map(escape, path))
-    try:
-        return check_name(name)
-    except ValueError as error:
-        raise StateError(f"{name!r:.200}: can't be a tensor's name: {error}") from error
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Tell where a tensor is: tensors that are one are at one place."""
+    if not isinstance(tensor, DTensor):
+        return tensor.data_ptr()
+    local = tensor.to_local()
+    return local.data_ptr() if local.numel() else local.untyped_storage()._cdata  # noqa: SLF001 - tells storages apart
 
 
 def _memory_of(tensor: torch.Tensor) -> Any:
@@ -99,26 +138,8 @@ def _memory_of(tensor: torch.Tensor) -> Any:
     if not tensor.numel():
         return None
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    address = local.data_ptr() if local.numel() else local.untyped_storage()._cdata  # noqa: SLF001 - tells storages apart
     spread = tensor.placements if isinstance(tensor, DTensor) else None
-    return address, local.dtype, local.shape, local.stride(), local.device, tensor.shape, spread
-
-
-def escape(component: str) -> str:
-    """Make one component of a name that HDF5 takes as a link's name."""
-    if not _SPECIAL.search(component):
-        return component or "%"
-    escaped = component.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
-    return "%2E" if escaped == "." else escaped
-
-
-def unescape(component: str) -> str:
-    """Give back what :func:`escape` was given."""
-    if component == "%":
-        return ""
-    for code, character in (("%2E", "."), ("%00", "\0"), ("%2F", "/"), ("%25", "%")):
-        component = component.replace(code, character)
-    return component
+    return _address(tensor), local.dtype, local.shape, local.stride(), local.device, tensor.shape, spread
 
 
 def leaf(tag: str, tensor: torch.Tensor) -> Any:

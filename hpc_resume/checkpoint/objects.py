@@ -2,7 +2,8 @@
 
 JSON's own types stand for themselves. Everything else is an object with one key that begins with ``$``:
 ``{"$tuple": […]}``, ``{"$float": "nan"}``, ``{"$tensor": "model/weight"}``. A dict whose keys are not all
-plain strings becomes ``{"$dict": [[key, value], …]}``. What is not in the table is refused by its path.
+plain strings becomes ``{"$dict": [[key, value], …]}``, a dict of tensors alone ``{"$tensors": ["model", ["weight", …]]}``.
+What is not in the table is refused by its path.
 """
 
 from __future__ import annotations
@@ -14,14 +15,11 @@ import re
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
+from hpc_resume.checkpoint.names import below
 from hpc_resume.errors import IntegrityError, StateError
 from hpc_resume.untrusted import brief, parse_json
-
-#: Given a leaf and its path, returns the node that stands for it (``{"$tensor": name}``), or None if it is
-#: no tensor.
-TensorNamer = Callable[[Any, tuple[str, ...]], "dict[str, Any] | None"]
 
 #: Given the tag and name of such a node, returns the tensor.
 TensorGetter = Callable[[str, str], Any]
@@ -32,6 +30,9 @@ SAVED_TAG = "$saved"
 TENSOR_TAGS = ("$tensor", "$ndarray", SAVED_TAG)
 #: ``[name, stored]``: a tensor that is one with another one, under whose name it is stored.
 SAME_TAG = "$same"
+#: ``[prefix, [key, [key, stored], …]]``: a dict of tensors, each named by its key below the prefix; ``stored`` is the
+#: name of another one that it is one with.
+TENSORS_TAG = "$tensors"
 MAX_DEPTH = 100
 #: Longer integers can't be written in decimal by every Python.
 _LONGEST_INT_BITS = 14000
@@ -41,6 +42,16 @@ _MOST_ALIKE = 100
 _NUMPY_TYPE = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 _TORCH_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _DEVICE = re.compile(r"[a-z]{1,20}(:[0-9]{1,2})?")
+
+
+class TensorNamer(Protocol):
+    """Takes the tensors out of a state and gives the nodes that stand for them."""
+
+    def one(self, value: Any, path: tuple[str, ...]) -> dict[str, Any] | None:
+        """Give the node for a value (``{"$tensor": name}``), or None if it is no tensor."""
+
+    def all_of(self, values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
+        """Give the node for a dict (``{"$tensors": …}``), or None if something else than tensors is in it."""
 
 
 def encode(value: Any, path: tuple[str, ...], tensor: TensorNamer | None = None) -> Any:
@@ -53,7 +64,7 @@ def encode(value: Any, path: tuple[str, ...], tensor: TensorNamer | None = None)
     path
         Where it stands, for names of tensors and for error messages.
     tensor
-        Takes tensors out: called on each leaf.
+        Takes tensors out.
 
     Raises
     ------
@@ -62,7 +73,7 @@ def encode(value: Any, path: tuple[str, ...], tensor: TensorNamer | None = None)
     """
     if len(path) > MAX_DEPTH:
         raise StateError(f"{_where(path)}: nested more than {MAX_DEPTH} deep (a cycle?)")
-    if tensor is not None and (node := tensor(value, path)) is not None:
+    if tensor is not None and (node := tensor.one(value, path)) is not None:
         return node
     kind = type(value)
     if value is None or kind in _PLAIN:
@@ -132,6 +143,8 @@ def _decode_tagged(tag: str, content: Any, tensor: TensorGetter | None, depth: i
         return tensor(tag, content)
     if tag == SAME_TAG and tensor is not None:
         return tensor(TENSOR_TAGS[0], _own_name(content))
+    if tag == TENSORS_TAG and tensor is not None:
+        return {key: tensor(TENSOR_TAGS[0], name) for key, name, _ in _named(content)}
     if tag in _DECODERS:
         try:
             return _DECODERS[tag](_Content(content, tensor, depth + 1))
@@ -177,8 +190,40 @@ def tensor_names(value: Any) -> dict[str, str]:
                     own = _own_name(content)
                     found[own] = content[1]
                     continue
+                if tag == TENSORS_TAG:
+                    found.update((name, stored) for _, name, stored in _named(content))
+                    continue
             stack += reversed(node.values())
     return found
+
+
+def unfolded(content: Any) -> dict[str, Any]:
+    """Give what stands under :data:`TENSORS_TAG` as a dict of nodes."""
+    return {
+        key: {TENSOR_TAGS[0]: name} if name == stored else {SAME_TAG: [name, stored]}
+        for key, name, stored in _named(content)
+    }
+
+
+def _named(content: Any) -> Iterable[tuple[str, str, str]]:
+    """Key of each tensor under :data:`TENSORS_TAG`, its name, and the name under which it is stored."""
+    if type(content) is not list or list(map(type, content)) != [str, list]:
+        raise IntegrityError(f"no typed JSON: {TENSORS_TAG} holds {brief(content)}")
+    prefix, items = content
+    keys: list[str] = []
+    tied: dict[str, str] = {}
+    for item in items:
+        if type(item) is str:
+            keys.append(item)
+        elif type(item) is list and list(map(type, item)) == [str, str]:
+            keys.append(item[0])
+            tied[item[0]] = item[1]
+        else:
+            raise IntegrityError(f"no typed JSON: {TENSORS_TAG} holds {brief(item)}")
+    if len(set(keys)) != len(keys) or any(key.startswith("$") for key in keys):
+        raise IntegrityError(f"no typed JSON: {TENSORS_TAG} holds a key twice, or one that begins with $")
+    names = below(prefix, keys)
+    return zip(keys, names, map(tied.get, keys, names), strict=True)
 
 
 def _own_name(content: Any) -> str:
@@ -204,6 +249,8 @@ _MAPPINGS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordereddict", Counte
 def _encode_mapping(value: Mapping[Any, Any], path: tuple[str, ...], tensor: TensorNamer | None) -> Any:
     tag = _MAPPINGS[type(value)]
     if tag == "$dict" and all(type(key) is str and not key.startswith("$") for key in value):
+        if tensor is not None and value and (node := tensor.all_of(value, path)) is not None:
+            return node
         return {key: encode(item, (*path, key), tensor) for key, item in value.items()}
     pairs = []
     for key, item in value.items():

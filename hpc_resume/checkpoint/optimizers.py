@@ -8,7 +8,6 @@ leaves out the state of frozen ones; and it casts state to the type of its param
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Replicate
 
 from hpc_resume.checkpoint import dtypes
-from hpc_resume.checkpoint.leaves import escape
+from hpc_resume.checkpoint.names import escape
+from hpc_resume.checkpoint.placement import needs_closure
 from hpc_resume.checkpoint.structure import TensorRecord
 
 
@@ -56,8 +56,7 @@ def state_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 def state_to_fill(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Take the state, or let PyTorch make it, so that there are tensors to read into."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:  # LBFGS can't be stepped blindly
+    if needs_closure(optimizer):  # it can't be stepped blindly
         return state_of(module, optimizer)
     return get_optimizer_state_dict(module, optimizer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -95,7 +96,8 @@ def _ranks(mesh: torch.Tensor) -> tuple[int, ...]:
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this rank holds of a tensor, as plain values."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    local = local.detach()
+    if local.requires_grad:
+        local = local.detach()
     if local.is_conj() or local.is_neg():
         return local.resolve_conj().resolve_neg()
     return local
@@ -104,7 +106,12 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 def kept_equal_by_ddp(
     modules: Iterable[torch.nn.Module], optimizers: Iterable[torch.optim.Optimizer]
 ) -> dict[int, Layout]:
-    """Find the plain tensors that DDP keeps equal on the ranks of a group: parameters and their moments.
+    """Find the plain tensors that DDP keeps equal on the ranks of a group: parameters, and what optimizers make of them.
+
+    State of a parameter follows from the parameter and its gradients, which are the same on all ranks: its moments as
+    well as the number of its steps. Not so where the optimizer calls the script to compute the loss, which is a rank's
+    own. Buffers are not among them: DDP overwrites them with rank 0's before a forward pass, which then changes each
+    rank's by that rank's samples.
 
     Parameters
     ----------
@@ -124,9 +131,17 @@ def kept_equal_by_ddp(
                 parameters.update(dict.fromkeys(module.parameters(), Layout.replicated(ranks)))
     found = {parameter.data_ptr(): layout for parameter, layout in parameters.items()}
     for optimizer in optimizers:
+        if needs_closure(optimizer):
+            continue
         for parameter, state in optimizer.state.items():
             if parameter in parameters:
                 for value in state.values():
-                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
                         found[value.data_ptr()] = parameters[parameter]
     return found
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer computes the loss by itself, as LBFGS does."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

@@ -6,14 +6,14 @@ whole blocks; else through a small buffer, a few blocks at a time.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_resume.checkpoint import dtypes
+from hpc_resume.checkpoint.batch import Batch, as_type
 from hpc_resume.checkpoint.blocks import SEGMENT_BYTES, SINGLE_BLOCK_BYTES, checks
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.collector import paused_collector
@@ -30,12 +30,9 @@ if TYPE_CHECKING:
 _READ_BYTES = SEGMENT_BYTES
 #: One thread's task: long enough that handing it over costs nothing beside it.
 _TASK_BYTES = 24 << 20
-#: Small boxes that lie this close together are read in one go.
-_GAP_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A box to be read.
 
     Parameters
@@ -106,21 +103,48 @@ class CheckpointReader:
         IntegrityError
             If bytes are damaged or missing; the outputs are then undefined.
         """
-        small: dict[tuple[int, int], list[tuple[int, _Part]]] = {}
+        tensors = self.manifest.structure.tensors
+        batches: dict[int, Batch] = {}
+        small: dict[int, tuple[Box, Batch] | None] = {}
         reads: list[Future[int]] = []
         with _Readers(self._threads) as readers:
             for each in wanted:  # the first ones are being read while the next ones are planned
-                if tuple(each.out.shape) != each.box.size:
+                if each.out.shape != each.box.size:
                     raise ValueError(f"{each.name}: {tuple(each.out.shape)} for a box of {each.box.size}")
+                record = tensors[each.name]
+                if id(record) not in small:  # thousands of tensors are of few kinds
+                    small[id(record)] = self._whole_small(record, batches)
+                found = small[id(record)]
+                if (
+                    found is not None
+                    and (each.box is found[0] or each.box == found[0])
+                    and found[1].add_whole(each.name, record, each.out)
+                ):
+                    continue
                 for rank, part in self._parts(each):
-                    run = part.entry.runs[0]
-                    if part.entry.length <= SINGLE_BLOCK_BYTES and len(part.entry.runs) == 1:
-                        small.setdefault((rank, run.file), []).append((run.offset, part))
+                    if part.entry.length <= SINGLE_BLOCK_BYTES:
+                        whole = part.part is part.entry.box or part.part == part.entry.box
+                        slices = None if whole else part.part.slices_in(part.entry.box)
+                        self._batch(rank, batches).add(part.number, part.out, slices)
                     else:
                         reads += [readers.submit(_read_rows, task) for task in _split(part)]
-            for parts in small.values():
-                reads += [readers.submit(self._read_group, group) for group in _neighbours(parts)]
+            for batch in batches.values():
+                reads += [readers.submit(batch.read, group) for group in batch.groups()]
             self.bytes_read += sum(read.result() for read in reads)
+
+    def _batch(self, rank: int, batches: dict[int, Batch]) -> Batch:
+        if rank not in batches:
+            batches[rank] = Batch(self._open(rank))
+        return batches[rank]
+
+    def _whole_small(self, record: TensorRecord, batches: dict[int, Batch]) -> tuple[Box, Batch] | None:
+        """Where small tensors of a kind are that one rank stores, each in one piece; None if they are others."""
+        layout = record.layout
+        if layout is None or len(layout.ranks) > 1 or layout.splits:
+            return None
+        if not 0 < record.size_bytes <= SINGLE_BLOCK_BYTES:
+            return None
+        return Box.whole(record.shape), self._batch(layout.ranks[0], batches)
 
     def private(self, rank: int, prefix: str) -> dict[str, torch.Tensor]:
         """Read what a rank stored for itself, by the rest of the name."""
@@ -128,8 +152,9 @@ class CheckpointReader:
 
         file = self._open(rank)
         found, parts = {}, []
-        for number, entry in enumerate(file.index.entries):
-            if entry.name.startswith(prefix):
+        for number, name in enumerate(file.index.names):
+            if name.startswith(prefix):
+                entry = file.index.entry(number)
                 if entry.box != Box.whole(entry.shape):
                     raise IntegrityError(f"{file.path}: {entry.name} is stored in part only")
                 file.check_there(number)
@@ -155,29 +180,18 @@ class CheckpointReader:
         for rank, box in self.manifest.structure.parts(name, whole):
             file, number = self._find(name, rank, box)
             file.check_there(number)
-            stored += file.index.entries[number].length
+            stored += file.index.entry(number).length
         if whole.volume and stored != record.size_bytes:
             raise IntegrityError(f"{self.folder}: {name}: {stored} bytes of {record.size_bytes} are stored")
 
     def _parts(self, wanted: Wanted) -> list[tuple[int, _Part]]:
-        record = self.manifest.structure.tensors[wanted.name]
-        whole = Box.whole(record.shape)
-        if wanted.box is whole and record.layout is not None and len(record.layout.ranks) == 1:
-            if record.layout.splits or not whole.volume:
-                return self._all_parts(wanted)
-            # Thousands of small tensors are like this: stored whole by one rank, and wanted whole.
-            rank = record.layout.ranks[0]
-            file, number = self._find(wanted.name, rank, whole)
-            return [(rank, _Part(file, number, file.index.entries[number], whole, wanted.out))]
-        if wanted.box is not whole and not wanted.box.within(record.shape):
-            raise ValueError(f"{wanted.name}: {wanted.box} is not within {record.shape}")
-        return self._all_parts(wanted)
-
-    def _all_parts(self, wanted: Wanted) -> list[tuple[int, _Part]]:
+        shape = self.manifest.structure.tensors[wanted.name].shape
+        if wanted.box is not Box.whole(shape) and not wanted.box.within(shape):
+            raise ValueError(f"{wanted.name}: {wanted.box} is not within {shape}")
         found = []
         for rank, box in self.manifest.structure.parts(wanted.name, wanted.box):
             file, number = self._find(wanted.name, rank, box)
-            entry = file.index.entries[number]
+            entry = file.index.entry(number)
             if box is wanted.box or box == wanted.box:
                 found.append((rank, _Part(file, number, entry, box, wanted.out)))
                 continue
@@ -195,7 +209,7 @@ class CheckpointReader:
             number = file.index.find(name, box)
         except IntegrityError as error:
             raise IntegrityError(f"{file.path}: {error}") from error
-        entry = file.index.entries[number]
+        entry = file.index.entry(number)
         if entry.dtype != record.dtype or entry.shape != record.shape:
             raise IntegrityError(f"{file.path}: {name} is another tensor there")
         return file, number
@@ -204,28 +218,6 @@ class CheckpointReader:
         if rank not in self._files:
             self._files[rank] = ShardFile.open(self.folder, self.manifest, rank)
         return self._files[rank]
-
-    def _read_group(self, group: Sequence[tuple[int, _Part]]) -> int:
-        """Read small boxes that lie side by side in one file."""
-        import torch
-
-        begin = group[0][0]
-        end = group[-1][0] + group[-1][1].entry.length
-        file = group[0][1].file
-        raw = torch.empty(end - begin, dtype=torch.uint8)
-        data = raw.numpy().data
-        file.read(group[0][1].entry.runs[0].file, begin, data)
-        targets, sources = [], []
-        for offset, part in group:
-            low, entry = offset - begin, part.entry
-            file.verify(part.number, data[low : low + entry.length])
-            source = _as(raw, low, entry, entry.box.size)
-            targets.append(part.out)
-            whole = part.part is entry.box or part.part == entry.box
-            sources.append(source if whole else source[part.part.slices_in(entry.box)])
-        with torch.no_grad():
-            torch._foreach_copy_(targets, sources)
-        return end - begin
 
 
 class _Readers:
@@ -243,31 +235,6 @@ class _Readers:
     def submit(self, function: Callable[[Any], int], task: Any) -> Future[int]:
         """Read something; the result is the number of bytes."""
         return self._pool.submit(function, task)
-
-
-def _as(raw: torch.Tensor, low: int, entry: Entry, size: Sequence[int]) -> torch.Tensor:
-    """View bytes as a tensor; a copy where they are not aligned for its type."""
-    item = dtypes.item_bytes(entry.dtype)
-    part = raw[low : low + math.prod(size) * item]
-    if low % item:  # memory itself is aligned for any type
-        part = part.clone()
-    typed = part.view(dtypes.torch_dtype(entry.dtype))
-    return typed if len(size) == 1 else typed.view(tuple(size))
-
-
-def _neighbours(parts: list[tuple[int, _Part]]) -> Iterator[list[tuple[int, _Part]]]:
-    """Group small boxes that lie close together."""
-    parts.sort(key=lambda each: each[0])
-    group = [parts[0]]
-    for offset, part in parts[1:]:
-        last_offset, last = group[-1]
-        near = offset - (last_offset + last.entry.length) <= _GAP_BYTES
-        if near and offset + part.entry.length - group[0][0] <= _TASK_BYTES:
-            group.append((offset, part))
-        else:
-            yield group
-            group = [(offset, part)]
-    yield group
 
 
 def _split(part: _Part) -> Iterator[tuple[_Part, int, int]]:
@@ -307,17 +274,16 @@ def _read_rows(task: tuple[_Part, int, int]) -> int:
 
 def _read_direct(part: _Part, begin: int, end: int, into: memoryview) -> int:
     """Read bytes of a stored box to their place; only the blocks at the ends may need a buffer."""
-    count = 0
-    for group in _groups(part.entry, begin, end):
+    groups = list(_groups(part.entry, begin, end))
+    inner = [group for group in groups if begin <= group[0][0] and group[-1][1] <= end]
+    count = part.file.read_checked(part.number, inner, into, begin)
+    for group in groups:
         low, high = group[0][0], group[-1][1]
-        if begin <= low and high <= end:
-            part.file.read_checked(part.number, group, into[low - begin : high - begin])
-        else:
+        if low < begin or high > end:
             buffer = memoryview(bytearray(high - low))
-            part.file.read_checked(part.number, group, buffer)
+            count += part.file.read_checked(part.number, [group], buffer, low)
             inner_low, inner_high = max(low, begin), min(high, end)
             into[inner_low - begin : inner_high - begin] = buffer[inner_low - low : inner_high - low]
-        count += high - low
     return count
 
 
@@ -351,11 +317,12 @@ def _read_through(part: _Part, out: torch.Tensor, low: int, high: int, row_bytes
         # Rows whose blocks were read anyway are taken along.
         end_row = min(high, max(end_row, last // row_bytes))
         raw = torch.empty(last - first, dtype=torch.uint8)
-        part.file.read_checked(part.number, group, raw.numpy().data)
+        part.file.read_checked(part.number, [group], raw.numpy().data, first)
         count += len(raw)
         inner = entry.box.size[1:]
         size = (end_row - row, *inner) if entry.box.size else ()
-        source = _as(raw, row * row_bytes - first, entry, size)
+        begin = row * row_bytes - first
+        source = as_type(raw, begin, begin + (end_row - row) * row_bytes, entry.dtype).view(size)
         if entry.box.size:
             columns = (slice(None), *part.part.slices_in(entry.box)[1:])
             out[row - low : end_row - low].copy_(source[columns])

@@ -168,8 +168,7 @@ def objects_digest(objects: Any) -> str:
 
 def carries_structure(structure: Structure, rank: int) -> bool:
     """Whether a rank's receipt holds the structure: it is the lowest that stores anything of it by rule."""
-    layouts = {record.layout for record in structure.tensors.values()} - {None}
-    ranks = {min(layout.ranks) for layout in layouts if layout is not None and len(layout.ranks) > 1}
+    ranks = {min(layout.ranks) for layout in structure.layouts if len(layout.ranks) > 1}
     return rank in (ranks | {0})
 
 
@@ -235,10 +234,12 @@ def _structure(receipts: Sequence[Receipt]) -> Structure:
                         f"step {step}: {name} is to be stored by rank {rank}, which does not track it: plain "
                         "tensors must be the same on all ranks; make it a DTensor, or track it under DDP"
                     )
-    for receipt in receipts[1:]:
-        if other := differing(receipts[0].witnesses, receipt.witnesses):
+    own = [receipt for receipt in receipts if receipt.by == receipt.shard.rank]
+    for receipt in own[1:]:
+        if other := differing(own[0].witnesses, receipt.witnesses):
             raise IntegrityError(
-                f"step {step}: {other[0]} of rank {receipt.shard.rank} is not the same as rank 0's, which alone would "
-                "be stored: give what ranks do not share different names, make it a DTensor, or put it under DDP"
+                f"step {step}: {other[0]} of rank {receipt.shard.rank} is not the same as rank {own[0].shard.rank}'s, "
+                "and of each element only one would be stored: give what ranks do not share different names, make it "
+                "a DTensor, or put it under DDP"
             )
     return merged

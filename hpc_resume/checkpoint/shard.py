@@ -8,7 +8,7 @@ import fcntl
 import mmap
 import os
 import threading
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,14 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from hpc_resume.checkpoint.blocks import SEGMENT_BYTES, Partitions
+from hpc_resume.checkpoint.blocks import Partitions
 from hpc_resume.checkpoint.collector import paused_collector
+from hpc_resume.checkpoint.hashing import Bytes, Job, Order, shares
 from hpc_resume.checkpoint.image import ALIGN_BYTES, Image
 from hpc_resume.checkpoint.index import index_digest
 from hpc_resume.files import DISK, Filesystem
-
-#: Bytes of a tensor as one flat array; the writer reads it and nothing else.
-Bytes = npt.NDArray[np.uint8]
 
 #: What one thread hashes and writes at a time. Source: measured, 4 to 16 MiB are alike.
 CHUNK_BYTES = 8 << 20
@@ -75,30 +73,6 @@ class WrittenShard:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Stretches of a piece to be hashed.
-
-    Parameters
-    ----------
-    first
-        Place of the first checksum in the table.
-    piece
-        The bytes.
-    edges
-        Where the stretches begin, and where the last one ends.
-    """
-
-    first: int
-    piece: Bytes
-    edges: Sequence[int]
-
-    @property
-    def last(self) -> int:
-        """Place one past the last checksum."""
-        return self.first + len(self.edges) - 1
-
-
 class ShardWriter:
     """Writes shards; keeps its threads and buffers from one to the next.
 
@@ -121,6 +95,7 @@ class ShardWriter:
         self._pool = ThreadPoolExecutor(self._threads + 1, thread_name_prefix="hpc-resume-write")
         self._writing = threading.Semaphore(self._threads)
         self._own = threading.local()
+        self._order: tuple[Image, Order] | None = None
 
     def close(self) -> None:
         """End the threads."""
@@ -135,7 +110,7 @@ class ShardWriter:
                 for place, (low, high) in enumerate(pairwise(job.edges), job.first):
                     table[place] = xxhash.xxh3_64_intdigest(view[low:high])
 
-        self._run(work, _shares(jobs, self._threads))
+        self._run(work, shares(jobs, self._threads, CHUNK_BYTES))
 
     def write(
         self,
@@ -188,33 +163,49 @@ class ShardWriter:
         """Write all bytes; returns the table."""
         sums = None if table is not None else np.zeros(image.table[1] // 8, dtype=np.uint64)
         with paused_collector():
-            contents = _Contents(image, data, cuts)
+            order = None if sums is None else self._order_of(image, cuts)
+            contents = None if arena is not None else _Contents(image, data)
         first, last = image.table[0], image.table[0] + image.table[1]
         chunks = list(_chunks(image.size_bytes, first, last))
         late = [chunk for chunk in chunks if chunk[1] > first and chunk[0] < last]
 
-        def work(chunk: tuple[int, int]) -> None:
-            if sums is not None:
-                for at, block in contents.blocks_in(*chunk):
-                    sums[at] = xxhash.xxh3_64_intdigest(block)
-            self._write_chunk(fd, contents, chunk, arena)
+        def digest(chunk: tuple[int, int]) -> None:
+            if sums is not None and order is not None:
+                for place, block in order.within(*chunk, data):
+                    sums[place] = xxhash.xxh3_64_intdigest(block)
 
-        def hash_only(chunk: tuple[int, int]) -> None:
-            assert sums is not None
-            for at, block in contents.blocks_in(*chunk):
-                sums[at] = xxhash.xxh3_64_intdigest(block)
+        def write(chunk: tuple[int, int]) -> None:
+            begin, end = chunk
+            padded = begin + -(-(end - begin) // ALIGN_BYTES) * ALIGN_BYTES
+            if contents is None:
+                buffer = arena[begin:padded]  # type: ignore[index]
+            else:
+                buffer = self._buffer()[: padded - begin]
+                contents.copy(begin, end, buffer)
+            self._write(fd, buffer, begin)
+
+        def work(chunk: tuple[int, int]) -> None:
+            digest(chunk)
+            write(chunk)
 
         self._run(work, [chunk for chunk in chunks if chunk not in late])
         if sums is not None:
-            self._run(hash_only, late)
+            self._run(digest, late)
             table = sums.tobytes()
         assert table is not None
-        contents.add_table(table)
-        if arena is not None:
-            arena[first:last] = np.frombuffer(table, np.uint8)
+        if contents is not None:
+            contents.add_table(table)
+        else:
+            arena[first:last] = np.frombuffer(table, np.uint8)  # type: ignore[index]
         for chunk in late:
-            self._write_chunk(fd, contents, chunk, arena)
+            write(chunk)
         return table
+
+    def _order_of(self, image: Image, cuts: Sequence[Partitions]) -> Order:
+        """In which order to hash; the same as before while the structure stays the same."""
+        if self._order is None or self._order[0] is not image or self._order[1].cuts is not cuts:
+            self._order = image, Order(image.data, cuts)
+        return self._order[1]
 
     def _run(self, function: Callable[[Any], None], jobs: Iterable[object]) -> None:
         """Run jobs on the threads; the first error ends it.
@@ -239,24 +230,17 @@ class ShardWriter:
                 raise
         return self._fs.open(path, flags)
 
-    def _write_chunk(self, fd: int, contents: _Contents, chunk: tuple[int, int], arena: Bytes | None) -> None:
-        begin, end = chunk
-        padded = begin + -(-(end - begin) // ALIGN_BYTES) * ALIGN_BYTES
-        if arena is not None:
-            buffer = arena[begin:padded]
-        else:
-            buffer = self._buffer()[: padded - begin]
-            contents.copy(begin, end, buffer)
+    def _write(self, fd: int, buffer: Bytes, offset: int) -> None:
         with self._writing:
             try:
-                self._fs.write_all(fd, buffer.data, begin)
+                self._fs.write_all(fd, buffer.data, offset)
             except OSError as error:
                 if error.errno not in _NOT_DIRECT:
                     raise
                 # Opened so, but not written so (or what was left after a short write is not aligned). Another
                 # thread may have been here already.
                 fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-                self._fs.write_all(fd, buffer.data, begin)
+                self._fs.write_all(fd, buffer.data, offset)
 
     def _buffer(self) -> Bytes:
         """Give the page-aligned buffer of the calling thread."""
@@ -269,7 +253,7 @@ class ShardWriter:
 class _Contents:
     """What stands where in a file: pieces and segments by offset."""
 
-    def __init__(self, image: Image, data: Sequence[Bytes], cuts: Sequence[Partitions]) -> None:
+    def __init__(self, image: Image, data: Sequence[Bytes]) -> None:
         extents = list(_placed(image.data, data))
         self._spans = sorted(
             [*extents, *((at, np.frombuffer(content, np.uint8)) for at, content in image.segments)],
@@ -277,16 +261,6 @@ class _Contents:
         )
         self._starts = [start for start, _ in self._spans]
         self._table_at = image.table[0]
-        # Blocks and segments of one piece stand beside each other: a chunk hashes both.
-        self._hashed: list[tuple[int, list[Job]]] = []
-        if cuts:
-            jobs: dict[int, list[Job]] = {}
-            starts = iter(start for start, _ in extents)
-            begins = [next(starts) if len(piece) else 0 for piece in data]
-            for number, job in jobs_of(data, cuts):
-                jobs.setdefault(begins[number], []).append(job)
-            self._hashed = sorted(jobs.items())
-        self._hashed_starts = [start for start, _ in self._hashed]
 
     def add_table(self, table: bytes) -> None:
         """Put the checksums in their place."""
@@ -294,24 +268,6 @@ class _Contents:
             at = bisect_right(self._starts, self._table_at)
             self._starts.insert(at, self._table_at)
             self._spans.insert(at, (self._table_at, np.frombuffer(table, np.uint8)))
-
-    def blocks_in(self, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
-        """Give the blocks and segments that begin in a range of the file, with the places of their checksums.
-
-        Both of a mebibyte come one after the other: it is read from memory once, and then from the cache.
-        """
-        for low in range(begin, end, SEGMENT_BYTES):
-            high = min(low + SEGMENT_BYTES, end)
-            for place in range(max(bisect_right(self._hashed_starts, low) - 1, 0), len(self._hashed)):
-                start, jobs = self._hashed[place]
-                if start >= high:
-                    break
-                for job in jobs:
-                    view, edges = job.piece.data, job.edges
-                    number = bisect_left(edges, low - start)
-                    while number < len(edges) - 1 and start + edges[number] < high:
-                        yield job.first + number, view[edges[number] : edges[number + 1]]
-                        number += 1
 
     def copy(self, begin: int, end: int, buffer: Bytes) -> None:
         """Copy a range of the file into a buffer, and zeros behind it."""
@@ -349,31 +305,3 @@ def _placed(extents: Sequence[tuple[int, int]], data: Sequence[Bytes]) -> Iterat
             offset, room = next(places)
         yield offset, array
         offset, room = offset + len(array), room - len(array)
-
-
-def jobs_of(data: Sequence[Bytes], cuts: Sequence[Partitions]) -> Iterator[tuple[int, Job]]:
-    """List what is to be hashed of all pieces, each with the number of its piece: blocks, then segments."""
-    first = 0
-    for number, (piece, cut) in enumerate(zip(data, cuts, strict=True)):
-        for edges in cut:
-            yield number, Job(first, piece, edges)
-            first += len(edges) - 1
-
-
-def _shares(jobs: Sequence[Job], count: int) -> list[list[Job]]:
-    """Cut hashing jobs into shares of about a chunk, and at least one for each thread."""
-    shares: list[list[Job]] = [[]]
-    total = sum(job.edges[-1] - job.edges[0] for job in jobs)
-    goal = max(min(CHUNK_BYTES, total // count), 1)
-    filled = 0
-    for job in jobs:
-        edges, first = job.edges, 0
-        while first < len(edges) - 1:
-            last = min(max(bisect_right(edges, edges[first] + goal - filled), first + 1), len(edges) - 1)
-            shares[-1].append(Job(job.first + first, job.piece, edges[first : last + 1]))
-            filled += edges[last] - edges[first]
-            if filled >= goal:
-                shares.append([])
-                filled = 0
-            first = last
-    return [share for share in shares if share]

@@ -6,9 +6,10 @@ import itertools
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from hpc_resume.checkpoint.index import LONGEST_BYTES, Index, decode_index, index_digest
@@ -73,7 +74,7 @@ class ShardFile:
                 raise IntegrityError("its index is not what was written (xxh3 differs)")
             index = decode_index(data, table, size_bytes=size_bytes)
             rest = size_bytes - index.reach.get(0, (0, 0))[1] - len(data) - len(table)
-            if rest > _MOST_REST_BYTES + _MOST_REST_BYTES_PER_BOX * len(index.entries):
+            if rest > _MOST_REST_BYTES + _MOST_REST_BYTES_PER_BOX * len(index):
                 raise IntegrityError(f"{rest} bytes of it belong to nothing")
             unknown = {checkpoint for checkpoint, _ in index.files} - set(manifest.refers)
             if unknown:
@@ -121,51 +122,77 @@ class ShardFile:
         except (IntegrityError, OSError) as error:
             raise IntegrityError(f"{self._path(file)}: {error}") from error
 
-    def read_checked(self, number: int, checks: Sequence[Check], into: memoryview) -> None:
-        """Read a stretch of a box and verify it.
+    def read_checked(
+        self, number: int, groups: Iterable[Sequence[Check]], into: memoryview, begin: int = 0
+    ) -> int:
+        """Read stretches of a box, and verify each while it is in the cache; returns their bytes.
 
         Parameters
         ----------
         number
             Of the box in the index.
-        checks
-            Neighbouring blocks or segments that make up the stretch; see :func:`blocks.checks`.
+        groups
+            For each stretch the blocks or segments that cover it, the last one up to its end; see
+            :func:`blocks.checks`.
         into
-            Of their length.
+            Where the box's bytes go from ``begin`` on.
+        begin
+            Byte of the box.
         """
-        entry = self.index.entries[number]
-        begin, end = checks[0][0], checks[-1][1]
-        if len(entry.runs) == 1:
-            self.read(entry.runs[0].file, entry.runs[0].offset + begin, into)
-        else:
-            starts = self._run_starts(number)
-            for turn in range(bisect_right(starts, begin) - 1, len(entry.runs)):
-                run, position = entry.runs[turn], starts[turn]
-                if position >= end:
-                    break
-                low, high = max(begin, position), min(end, position + run.length)
-                self.read(run.file, run.offset + low - position, into[low - begin : high - begin])
-        digest, table, first = xxhash.xxh3_64_intdigest, self.index.table, self.index.first_checksum[number]
-        for low, high, place in checks:
-            if digest(into[low - begin : high - begin]) != table[first + place]:
-                raise self._damage(number, low, high - low)
+        entry = self.index.entry(number)
+        digest, table = xxhash.xxh3_64_intdigest, self.index.table
+        first = int(self.index.first_checksum[number])
+        run = entry.runs[0]
+        fd = self._fd(run.file) if len(entry.runs) == 1 else None
+        total = 0
+        for checks in groups:
+            low, high = checks[0][0], checks[-1][1]
+            stretch = into[low - begin : high - begin]
+            if fd is None or not _reads(fd, run.offset + low, stretch):
+                self._read_runs(number, low, stretch)  # or it says what is wrong
+            for start, end, place in checks:
+                if digest(stretch[start - low : end - low]) != table[first + place]:
+                    raise self._damage(number, start, end - start)
+            total += high - low
+        return total
 
-    def verify(self, number: int, data: memoryview) -> None:
-        """Compare a box that is one block with its checksum.
+    def _read_runs(self, number: int, begin: int, into: memoryview) -> None:
+        """Read a stretch of a box from wherever its parts are."""
+        runs, starts = self.index.entry(number).runs, self._run_starts(number)
+        end = begin + len(into)
+        for turn in range(bisect_right(starts, begin) - 1, len(runs)):
+            run, position = runs[turn], starts[turn]
+            if position >= end:
+                break
+            low, high = max(begin, position), min(end, position + run.length)
+            self.read(run.file, run.offset + low - position, into[low - begin : high - begin])
+
+    def verify(self, numbers: Sequence[int], found: Sequence[int]) -> None:
+        """Compare boxes of one block each with their checksums.
+
+        Parameters
+        ----------
+        numbers
+            Of the boxes in the index.
+        found
+            Checksums of what was read.
 
         Raises
         ------
         IntegrityError
-            If it differs; the message names the file, the tensor and the bytes.
+            If one differs; the message names the file, the tensor and the bytes.
         """
-        if xxhash.xxh3_64_intdigest(data) != self.index.table[self.index.first_checksum[number]]:
-            raise self._damage(number, 0, len(data))
+        places = self.index.first_checksum[np.array(numbers, np.int64)]
+        differs = np.asarray(self.index.table)[places] != np.array(found, np.uint64)
+        if differs.any():
+            number = numbers[int(np.argmax(differs))]
+            raise self._damage(number, 0, self.index.entry(number).length)
 
     def _damage(self, number: int, position: int, length: int) -> IntegrityError:
         """Say which bytes of a box differ from what was written."""
         file, offset = self._whereabouts(number, position)
         return IntegrityError(
-            f"{self._path(file)}: {self.index.entries[number].name}: bytes {offset} to {offset + length} are not "
+            f"{self._path(file)}: {self.index.names[number]}: bytes {offset} to {offset + length} are not "
             "what was written (xxh3 differs)"
         )
 
@@ -173,12 +200,12 @@ class ShardFile:
         """File and offset of a byte of a box."""
         starts = self._run_starts(number)
         place = bisect_right(starts, position) - 1
-        run = self.index.entries[number].runs[place]
+        run = self.index.entry(number).runs[place]
         return run.file, run.offset + position - starts[place]
 
     def _run_starts(self, number: int) -> list[int]:
         """Byte positions in a box at which its runs begin."""
-        runs = self.index.entries[number].runs
+        runs = self.index.entry(number).runs
         if len(runs) == 1:
             return [0]
         if number not in self._starts:
@@ -193,7 +220,7 @@ class ShardFile:
         IntegrityError
             If one is not; the message names it.
         """
-        for file in {run.file for run in self.index.entries[number].runs}:
+        for file in {run.file for run in self.index.entry(number).runs}:
             self._fd(file)
 
     def _fd(self, file: int) -> int:
@@ -224,6 +251,14 @@ def _open(path: Path) -> int:
             os.close(folder)
     except OSError as error:
         raise IntegrityError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def _reads(fd: int, offset: int, into: memoryview) -> bool:
+    """Read by one system call; whether it gave all."""
+    try:
+        return os.preadv(fd, [into], offset) == len(into)
+    except OSError:
+        return False
 
 
 def _read_exactly(fd: int, offset: int, into: memoryview) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from hpc_resume.checkpoint.arena import Arena
 from hpc_resume.checkpoint.blocks import Partitions
+from hpc_resume.checkpoint.hashing import Bytes
 from hpc_resume.checkpoint.image import Image, Piece, full_image
-from hpc_resume.checkpoint.shard import Bytes
 from hpc_resume.checkpoint.structure import Structure
 
 
@@ -55,6 +55,8 @@ class Snapshot:
         The shard that holds all pieces.
     data
         Bytes of each piece.
+    size_bytes
+        Of all pieces.
     cuts
         The blocks and segments of each piece.
     arena
@@ -67,14 +69,10 @@ class Snapshot:
     objects: Any
     image: Image
     data: tuple[Bytes, ...]
+    size_bytes: int
     cuts: tuple[Partitions, ...]
     arena: Arena | None = None
     witnesses: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all pieces."""
-        return sum(map(len, self.data))
 
 
 #: A state up to this size is always staged.
@@ -98,6 +96,7 @@ class Camera:
         self._pieces: tuple[Piece, ...] | None = None
         self._image: Image | None = None
         self._cuts: tuple[Partitions, ...] = ()
+        self._size_bytes = 0
         self._arena: Arena | None = None
 
     def take(self, captured: Captured, *, stage: bool) -> Snapshot:
@@ -127,6 +126,7 @@ class Camera:
             objects=captured.objects,
             image=image,
             data=data,
+            size_bytes=self._size_bytes,
             cuts=self._cuts,
             arena=arena,
             witnesses=captured.witnesses,
@@ -140,6 +140,7 @@ class Camera:
         if self._image is None or self._pieces is not pieces:
             self._image = full_image(pieces)
             self._cuts = tuple(piece.cut for piece in pieces)
+            self._size_bytes = sum(length for _, length in self._image.data)
             self._pieces = pieces
             self.close()
         return self._image

@@ -8,6 +8,7 @@ on it (DDP itself takes buffers from rank 0); where they plainly do not, the che
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,8 @@ from hpc_resume.checkpoint.fit import (
 )
 from hpc_resume.checkpoint.image import Piece
 from hpc_resume.checkpoint.layout import Layout, spread
-from hpc_resume.checkpoint.leaves import escape, flatten, leaf
+from hpc_resume.checkpoint.leaves import flatten, leaf
+from hpc_resume.checkpoint.names import escape
 from hpc_resume.checkpoint.placement import kept_equal_by_ddp, layout_of, local_of
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
 from hpc_resume.checkpoint.snapshot import Captured, pieces_of
@@ -119,6 +121,12 @@ class TrackedState:
 
     def _owner(self, key: str, optimizer: torch.optim.Optimizer) -> torch.nn.Module:
         """Find the module that has all of an optimizer's parameters: its state is stored under their names."""
+        zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+        if zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer):
+            raise StateError(
+                f"track({key}=…): ZeroRedundancyOptimizer has a part of its state on each rank and does not say which; "
+                "use FSDP2 (torch.distributed.fsdp.fully_shard) with a plain optimizer, which shards it, too"
+            )
         wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for module in self._modules.values():
             if wanted <= {id(p) for p in module.parameters()}:
@@ -241,9 +249,13 @@ class TrackedState:
         if self._world_size == 1:
             return ()
         parameters = {p.data_ptr() for module in self._modules.values() for p in module.parameters()}
-        named = {n: t for n, t in leaves.items() if n.split("/", 1)[0] not in map(escape, self._owners)}
-        modules = set(map(escape, self._modules))
-        return witnesses.pick(named, records, modules=modules, parameters=parameters)
+        modules, owners = set(map(escape, self._modules)), set(map(escape, self._owners))
+        named = {n: t for n, t in leaves.items() if n.split("/", 1)[0] not in owners}
+        states = {n: t for n, t in leaves.items() if n.split("/", 1)[0] in owners}
+        return (
+            *witnesses.pick(named, records, modules=modules, parameters=parameters),
+            *witnesses.pick_replicas(states, records),
+        )
 
     def _state_of(self, key: str) -> Any:
         item = self._items[key]

@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from hpc_resume.checkpoint.manifest import Manifest, read_manifest
@@ -15,23 +16,25 @@ from hpc_resume.rundir import RunDirectory, checkpoint_step
 
 
 def newest_first(run: RunDirectory) -> Iterator[tuple[str, Manifest | IntegrityError]]:
-    """Go through the committed checkpoints, newest first.
+    """Go through the committed checkpoints, newest first; none is read before it is its turn.
 
     Yields
     ------
     (str, Manifest or IntegrityError)
         Name, and the manifest or what is wrong with it. At equal steps the one created last comes first.
     """
-    entries: list[tuple[int, float, str, Manifest | IntegrityError]] = []
-    for name in run.checkpoint_names():
-        try:
-            manifest = read_manifest(run.checkpoints / name)
-        except IntegrityError as error:
-            entries.append((checkpoint_step(name), 0.0, name, error))
-        else:
-            entries.append((manifest.step, manifest.created, name, manifest))
-    for _, _, name, manifest_or_error in sorted(entries, key=lambda entry: entry[:3], reverse=True):
-        yield name, manifest_or_error
+    names = sorted(run.checkpoint_names(), key=checkpoint_step, reverse=True)
+    for _, alike in groupby(names, checkpoint_step):
+        entries: list[tuple[float, str, Manifest | IntegrityError]] = []
+        for name in alike:
+            try:
+                manifest = read_manifest(run.checkpoints / name)
+            except IntegrityError as error:
+                entries.append((0.0, name, error))
+            else:
+                entries.append((manifest.created, name, manifest))
+        for _, name, manifest_or_error in sorted(entries, key=lambda entry: entry[:2], reverse=True):
+            yield name, manifest_or_error
 
 
 def find(run: RunDirectory, step: int | None = None) -> tuple[str, Manifest]:

@@ -7,23 +7,25 @@ arithmetic, so a manifest records a tensor once, however many ranks have written
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from operator import itemgetter
 from typing import Any
 
 from hpc_resume.checkpoint.blocks import panels
 from hpc_resume.checkpoint.boxes import Box, covers_once
 from hpc_resume.checkpoint.dtypes import item_bytes
 from hpc_resume.checkpoint.layout import Layout, split_replicas
+from hpc_resume.checkpoint.names import check_names
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
 from hpc_resume.untrusted import brief, check_text
 
 MAX_DIMENSIONS = 64
-MAX_NAME_LENGTH = 2048
 #: Bytes of a tensor, not counting dimensions that are empty: PyTorch multiplies these without looking.
 _MAX_TENSOR_BYTES = 1 << 62
 
@@ -73,6 +75,23 @@ class TensorRecord:
         return math.prod(self.shape) * item_bytes(self.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Names of tensors by layout; by rank the layouts that it is in, and the boxes that no layout describes."""
+
+    names: dict[Layout, list[str]]
+    layouts: dict[int, list[Layout]]
+    pieces: dict[int, list[tuple[str, Box]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """Who stores what of that which some ranks hold alike."""
+
+    by_name: dict[str, list[tuple[int, Box]]]
+    by_owner: dict[int, list[tuple[str, Box]]]
+
+
 class Structure:
     """The global tensors of a checkpoint.
 
@@ -83,12 +102,16 @@ class Structure:
     """
 
     def __init__(self, tensors: Mapping[str, TensorRecord]) -> None:
-        self.tensors: dict[str, TensorRecord] = dict(sorted(tensors.items()))
-        self._shares: dict[tuple[int, ...], dict[str, list[tuple[int, Box]]]] = {}
-        self._shared: dict[tuple[int, ...], list[tuple[Layout, int]]] | None = None
-        self._by_layout: dict[Layout, list[str]] = {}
+        names = sorted(tensors)
+        self.tensors: dict[str, TensorRecord] = (
+            dict(tensors) if names == list(tensors) else {name: tensors[name] for name in names}
+        )
+        self._shares: dict[tuple[int, ...], _Shares] = {}
         self._digest: str | None = None
         self._text: str | None = None
+        #: Each layout once. By id first: one of thousands of ranks is not hashed for each tensor.
+        by_id = {id(record.layout): record.layout for record in self.tensors.values()}
+        self.layouts = {layout for layout in by_id.values() if layout is not None}
 
     def __eq__(self, other: object) -> bool:
         return self.tensors == other.tensors if isinstance(other, Structure) else NotImplemented
@@ -110,19 +133,19 @@ class Structure:
         """Write :meth:`to_json` as the members of a JSON object, a tensor a line; kept for the next time."""
         if self._text is None:
             record = self.to_json()
-            layouts = ",\n".join(f"  {_compact(layout)}" for layout in record["layouts"])
-            tensors = ",\n".join(
-                f"  {_compact(name)}: {_compact(entry)}" for name, entry in record["tensors"].items()
+            layouts, kinds = (
+                ",\n".join(f"  {_compact(each)}" for each in record[key]) for key in ("layouts", "kinds")
             )
-            self._text = f' "layouts": [\n{layouts}\n ],\n "tensors": {{\n{tensors}\n }}'
+            tensors = ",\n".join(f"  {_compact(name)}: {kind}" for name, kind in record["tensors"].items())
+            self._text = (
+                f' "layouts": [\n{layouts}\n ],\n "kinds": [\n{kinds}\n ],\n "tensors": {{\n{tensors}\n }}'
+            )
         return self._text
 
     @property
     def placed(self) -> int:
         """Ranks of all layouts together."""
-        return sum(
-            len(layout.ranks) for layout in {r.layout for r in self.tensors.values()} if layout is not None
-        )
+        return sum(len(layout.ranks) for layout in self.layouts)
 
     @staticmethod
     def known(digest: str) -> Structure | None:
@@ -130,30 +153,32 @@ class Structure:
         return _recent.get(digest)
 
     def stored_by(self, rank: int) -> Iterator[tuple[str, Box]]:
-        """Give what a rank stores, by name; a tensor without elements is stored by nobody."""
-        held: dict[Layout | None, tuple[int, tuple[int, ...]] | None] = {None: None}
-        for name, record in self.tensors.items():
-            layout = record.layout
-            if layout is not None and layout not in held:
-                group = layout.group_of(rank)
-                held[layout] = None if group is None else (group, layout.holders(group))
-            for owner, box in self._shares_of(name, record, rank, held[layout]):
-                if owner == rank and box.volume:
-                    for panel in _panels(record, box):
-                        yield name, panel
+        """Give what a rank stores, by name; a tensor without elements is stored by nobody.
 
-    def _shares_of(
-        self, name: str, record: TensorRecord, rank: int, held: tuple[int, tuple[int, ...]] | None
-    ) -> Iterable[tuple[int, Box]]:
-        """Who stores what of the box that a rank holds; ``held`` are the box's number and its holders."""
-        if record.layout is None:
-            return record.pieces
-        if held is None:
-            return ()
-        group, holders = held
-        if len(holders) == 1:
-            return ((rank, record.layout.box(record.shape, group)),)
-        return self._replicas(holders).get(name, ())
+        Only what it stores is looked at, and no sooner than it is asked for: all ranks together take as long as there
+        are boxes.
+        """
+        held = self._held
+        parts: list[Iterable[tuple[str, Box]]] = [held.pieces.get(rank, [])]
+        known: set[tuple[int, ...]] = set()
+        for layout in held.layouts.get(rank, ()):
+            group = layout.group_of(rank)
+            assert group is not None
+            holders = layout.holders(group)
+            if len(holders) == 1:
+                parts.append(self._alone(layout, group))
+            elif holders not in known:
+                known.add(holders)
+                parts.append(self._replicas(holders).by_owner[rank])
+        for name, box in heapq.merge(*parts, key=itemgetter(0)):
+            if box.volume:
+                for panel in _panels(self.tensors[name], box):
+                    yield name, panel
+
+    def _alone(self, layout: Layout, group: int) -> Iterator[tuple[str, Box]]:
+        """Give the boxes with a number of all tensors of a layout."""
+        for name in self._held.names[layout]:
+            yield name, layout.box(self.tensors[name].shape, group)
 
     def parts(self, name: str, want: Box) -> Iterator[tuple[int, Box]]:
         """Give the stored boxes that share elements with a box, each with the rank that stores it."""
@@ -175,28 +200,42 @@ class Structure:
             return
         for group, held in record.layout.overlapping(record.shape, want):
             holders = record.layout.holders(group)
-            yield from self._replicas(holders)[name] if len(holders) > 1 else ((holders[0], held),)
+            yield from self._replicas(holders).by_name[name] if len(holders) > 1 else ((holders[0], held),)
 
-    def _replicas(self, holders: tuple[int, ...]) -> dict[str, list[tuple[int, Box]]]:
-        """Who stores what of all that these ranks hold together, by name."""
+    def _replicas(self, holders: tuple[int, ...]) -> _Shares:
+        """Who stores what of all that these ranks hold together."""
         if holders not in self._shares:
-            if self._shared is None:
-                self._shared = self._find_shared()
             members = []
             for layout, group in self._shared.get(holders, ()):
-                for name in self._by_layout[layout]:
-                    record = self.tensors[name]
-                    members.append((name, layout.box(record.shape, group), record.item_bytes))
-            self._shares[holders] = split_replicas(sorted(members, key=lambda member: member[0]), holders)
+                for name, box in self._alone(layout, group):
+                    members.append((name, box, self.tensors[name].item_bytes))
+            by_name = split_replicas(sorted(members, key=itemgetter(0)), holders)
+            by_owner: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in holders}
+            for name, shares in by_name.items():
+                for owner, box in shares:
+                    by_owner[owner].append((name, box))
+            self._shares[holders] = _Shares(by_name, by_owner)
         return self._shares[holders]
 
-    def _find_shared(self) -> dict[tuple[int, ...], list[tuple[Layout, int]]]:
-        """Which boxes of which layouts the same ranks hold together; one look at each rank of each layout."""
+    @cached_property
+    def _held(self) -> _Held:
+        """What is held how; made when it is asked for first."""
+        held = _Held({}, {}, {})
         for name, record in self.tensors.items():
             if record.layout is not None:
-                self._by_layout.setdefault(record.layout, []).append(name)
+                held.names.setdefault(record.layout, []).append(name)
+            for rank, box in record.pieces:
+                held.pieces.setdefault(rank, []).append((name, box))
+        for layout in held.names:
+            for rank in layout.ranks:
+                held.layouts.setdefault(rank, []).append(layout)
+        return held
+
+    @cached_property
+    def _shared(self) -> dict[tuple[int, ...], list[tuple[Layout, int]]]:
+        """Which boxes of which layouts the same ranks hold together; one look at each rank of each layout."""
         shared: dict[tuple[int, ...], list[tuple[Layout, int]]] = {}
-        for layout in self._by_layout:
+        for layout in self._held.names:
             if layout.groups == len(layout.ranks):
                 continue  # every rank has a box of its own
             for group in range(layout.groups):
@@ -204,17 +243,23 @@ class Structure:
         return shared
 
     def to_json(self) -> JsonObject:
-        """JSON form: each layout once, tensors by name."""
+        """JSON form: each layout once, each kind of tensor once, and of which kind each tensor is."""
         layouts: dict[Layout, int] = {}
-        tensors: JsonObject = {}
+        places: dict[int, int] = {}  # by id: a layout of thousands of ranks is not hashed for each tensor
+        kinds: dict[tuple[Any, ...], int] = {}
+        tensors: dict[str, int] = {}
         for name, record in self.tensors.items():
-            entry: JsonObject = {"shape": list(record.shape), "dtype": record.dtype}
-            if record.layout is not None:
-                entry["layout"] = layouts.setdefault(record.layout, len(layouts))
-            else:
-                entry["pieces"] = [[owner, list(box.start), list(box.size)] for owner, box in record.pieces]
-            tensors[name] = entry
-        return {"layouts": [layout.to_json() for layout in layouts], "tensors": tensors}
+            layout = record.layout
+            place = places.get(id(layout))
+            if place is None and layout is not None:
+                place = places[id(layout)] = layouts.setdefault(layout, len(layouts))
+            kind = record.shape, record.dtype, place, record.pieces
+            tensors[name] = kinds.setdefault(kind, len(kinds))
+        return {
+            "layouts": [layout.to_json() for layout in layouts],
+            "kinds": [_kind_to_json(*kind) for kind in kinds],
+            "tensors": tensors,
+        }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], *, world_size: int) -> Structure:
@@ -230,32 +275,38 @@ class Structure:
         for layout in record["layouts"]:
             layouts.append(Layout.from_json(layout, world_size=world_size, most_ranks=room))
             room -= len(layouts[-1].ranks)
-        tensors: dict[str, TensorRecord] = {}
+        kinds = [_kind_from_json(kind, layouts, world_size) for kind in record["kinds"]]
         check_names(record["tensors"])
-        # Thousands of tensors are of few kinds: each is checked once, and one record serves all of it.
-        kinds: dict[str, TensorRecord] = {}
-        for name, entry in record["tensors"].items():
-            if "layout" in entry:
-                kind = repr(entry)
-                if kind not in kinds:
-                    kinds[kind] = _kind(name, entry, layouts)
-                tensors[name] = kinds[kind]
-                continue
-            shape, dtype = integers(entry["shape"]), string(entry["dtype"])
-            pieces = []
-            for owner, start, size in entry["pieces"]:
-                if not 0 <= integer(owner) < world_size:
-                    raise IntegrityError(f"{name:.100}: a box of rank {owner} of {world_size}")
-                pieces.append((owner, Box(integers(start), integers(size))))
-            tensors[name] = TensorRecord(shape, dtype, None, tuple(pieces))
-        return cls(tensors)
+        numbers = record["tensors"].values()
+        if not set(map(type, numbers)) <= {int}:
+            raise TypeError("the kind of a tensor is no number")
+        if numbers and not 0 <= min(numbers) <= max(numbers) < len(kinds):
+            raise IntegrityError(f"a tensor is of none of its {len(kinds)} kinds")
+        return cls({name: kinds[number] for name, number in record["tensors"].items()})
 
 
-def _kind(name: str, entry: Mapping[str, Any], layouts: Sequence[Layout]) -> TensorRecord:
-    number = integer(entry["layout"])
-    if not 0 <= number < len(layouts):
-        raise IntegrityError(f"{name:.100}: layout {brief(number)} of {len(layouts)}")
-    return TensorRecord(integers(entry["shape"]), string(entry["dtype"]), layouts[number])
+def _kind_to_json(
+    shape: tuple[int, ...], dtype: str, layout: int | None, pieces: Sequence[tuple[int, Box]]
+) -> JsonObject:
+    kind: JsonObject = {"shape": list(shape), "dtype": dtype}
+    if layout is not None:
+        return {**kind, "layout": layout}
+    return {**kind, "pieces": [[owner, list(box.start), list(box.size)] for owner, box in pieces]}
+
+
+def _kind_from_json(kind: Mapping[str, Any], layouts: Sequence[Layout], world_size: int) -> TensorRecord:
+    shape, dtype = integers(kind["shape"]), string(kind["dtype"])
+    if "layout" in kind:
+        number = integer(kind["layout"])
+        if not 0 <= number < len(layouts):
+            raise IntegrityError(f"layout {brief(number)} of {len(layouts)}")
+        return TensorRecord(shape, dtype, layouts[number])
+    pieces = []
+    for owner, start, size in kind["pieces"]:
+        if not 0 <= integer(owner) < world_size:
+            raise IntegrityError(f"a box of rank {owner} of {world_size}")
+        pieces.append((owner, Box(integers(start), integers(size))))
+    return TensorRecord(shape, dtype, None, tuple(pieces))
 
 
 _compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -321,20 +372,6 @@ def string(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{brief(value)} is no string")
     return check_text(value)
-
-
-def check_name(name: str) -> str:
-    """Return a tensor's name as it is; a ValueError if there can be none."""
-    check_names((name,))
-    return name
-
-
-def check_names(names: Collection[str]) -> None:
-    """Check that there can be tensors of these names; a ValueError if not."""
-    longest = max(map(len, names), default=0)
-    if longest > MAX_NAME_LENGTH:
-        raise ValueError(f"a name of {longest} characters, more than {MAX_NAME_LENGTH}")
-    check_text("".join(names))
 
 
 @lru_cache(maxsize=1 << 14)

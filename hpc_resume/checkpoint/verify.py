@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from hpc_resume.journal import read_events
 from hpc_resume.records import check_records, configuration_path, has_configuration
 from hpc_resume.rundir import RunDirectory
 
-#: Boxes that are promised and missing are told one by one up to this many a shard.
-_TELL = 8
+#: Boxes of a shard that are missing, and that are damaged, are told one by one up to so many ...
+_TELL_MISSING = 8
+_TELL_DAMAGED = 100
+#: ... and shards in which some are missing, of one checkpoint.
+_TELL_SHARDS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,10 +122,11 @@ def _verify_shards(
                 done = min(done + size_bytes, total)
                 progress(done, total)
 
-    def work(job: tuple[Path, Manifest, int]) -> list[Finding]:
+    def work(job: tuple[Path, Manifest, int]) -> tuple[list[Finding], list[Finding]]:
         folder, manifest, rank = job
         return _verify_shard(folder, manifest, rank, count)
 
+    lacking: Counter[Path] = Counter()
     findings: list[Finding] = []
     for folder, manifest in checkpoints:
         expected = {MANIFEST, *(shard.file for shard in manifest.shards)}
@@ -131,39 +136,69 @@ def _verify_shards(
             if name not in expected
         ]
     with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="hpc-resume-verify") as pool:
-        for found in pool.map(work, jobs):
+        for found, missing in pool.map(work, jobs):
             findings += found
+            if missing:
+                folder = missing[0].path.parent
+                lacking[folder] += 1
+                findings += missing if lacking[folder] <= _TELL_SHARDS else []
+    findings += [
+        Finding(path=folder, problem=f"and boxes are missing in {shards - _TELL_SHARDS} more shards")
+        for folder, shards in lacking.items()
+        if shards > _TELL_SHARDS
+    ]
     if progress is not None:
         progress(total, total)
     return findings
 
 
-def _verify_shard(folder: Path, manifest: Manifest, rank: int, count: Callable[[int], None]) -> list[Finding]:
-    """Verify a shard: each of its boxes on its own, so that all damage shows, and everything around them."""
+def _verify_shard(
+    folder: Path, manifest: Manifest, rank: int, count: Callable[[int], None]
+) -> tuple[list[Finding], list[Finding]]:
+    """Verify a shard: each of its boxes on its own, so that all damage shows, and everything around them.
+
+    Returns
+    -------
+    (list of Finding, list of Finding)
+        What is damaged, and what is missing.
+    """
     recorded = manifest.shards[rank]
     path = folder / recorded.file
     findings: list[Finding] = []
+    missing: list[Finding] = []
     try:
         file = ShardFile.open(folder, manifest, rank)
     except (OSError, IntegrityError) as error:
-        return [*findings, Finding(path=path, problem=_bare(error, path))]
+        return [Finding(path=path, problem=_bare(error, path))], missing
     try:
-        for number, entry in enumerate(file.index.entries):
-            try:
-                for checks in _all_checks(entry.cut):
-                    low, high, _ = checks[0]
-                    file.read_checked(number, checks, memoryview(bytearray(high - low)))
-                    count(high - low)
-            except IntegrityError as error:
-                findings.append(Finding(path=path, problem=_bare(error, path)))
+        findings += _damaged(file, count)
         if not findings and file.rest_checksum() != recorded.rest:
             problem = "its header, index or padding is not what was written (xxh3 differs)"
             findings.append(Finding(path=path, problem=problem))
-        findings += _promised(file, manifest, rank)
+        missing += _missing_boxes(file, manifest, rank)
     except (OSError, IntegrityError) as error:
         findings.append(Finding(path=path, problem=_bare(error, path)))
     finally:
         file.close()
+    return findings, missing
+
+
+def _damaged(file: ShardFile, count: Callable[[int], None]) -> list[Finding]:
+    """Find boxes that are not what was written."""
+    findings: list[Finding] = []
+    more = 0
+    for number in range(len(file.index)):
+        try:
+            for checks in _all_checks(file.index.entry(number).cut):
+                low, high, _ = checks[0]
+                count(file.read_checked(number, [checks], memoryview(bytearray(high - low)), low))
+        except IntegrityError as error:
+            if len(findings) < _TELL_DAMAGED:
+                findings.append(Finding(path=file.path, problem=_bare(error, file.path)))
+            else:
+                more += 1
+    if more:
+        findings.append(Finding(path=file.path, problem=f"and {more} more boxes are not what was written"))
     return findings
 
 
@@ -176,18 +211,18 @@ def _all_checks(cut: Partitions) -> Iterator[list[Check]]:
         yield parts if len(cut) == 1 else [(low, high, len(blocks) - 1 + number), *parts]
 
 
-def _promised(file: ShardFile, manifest: Manifest, rank: int) -> Iterator[Finding]:
-    """Find boxes that a shard must hold by the manifest and does not."""
+def _missing_boxes(file: ShardFile, manifest: Manifest, rank: int) -> Iterator[Finding]:
+    """Find boxes that a shard must hold by the manifest and does not; after some of them it is bad enough."""
     told = 0
     for name, box in manifest.structure.stored_by(rank):
         record = manifest.structure.tensors[name]
         try:
-            entry = file.index.entries[file.index.find(name, box)]
+            entry = file.index.entry(file.index.find(name, box))
             if (entry.dtype, entry.shape) != (record.dtype, record.shape):
                 raise IntegrityError(f"{name}: is another tensor in its index")
         except IntegrityError as error:
             told += 1
-            if told > _TELL:
+            if told > _TELL_MISSING:
                 yield Finding(path=file.path, problem="and more boxes are not in its index")
                 return
             yield Finding(path=file.path, problem=str(error))

@@ -3,12 +3,13 @@
 Of a plain tensor that nothing keeps equal, rank 0's is stored. That is right where ranks replicate it without
 saying so, and would lose what the others have where they do not: stages of a pipeline, or models of their own.
 A few elements of each tell the two apart. They need not be the same to the bit: replicas drift where kernels are not
-deterministic.
+deterministic. Of optimizers' state under DDP every rank stores a part, because it is the same everywhere: a few
+elements tell whether an optimizer has a mind of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 _LEADER = Layout.replicated((0,))
-#: So many tensors of a state are looked at, and so many elements of each.
+#: So many tensors of a state are looked at, so many of optimizers, and so many elements of each.
 _TENSORS = 64
+_STATES = 8
 _ELEMENTS = 8
 #: Replicas that have drifted differ by less than this part of their norm, other tensors by more.
 _TOLERANCE = 0.1
@@ -53,7 +55,25 @@ def pick(
         and records[name].layout == _LEADER
         and (name.split("/", 1)[0] not in modules or tensor.data_ptr() in parameters)
     ]
-    places = np.linspace(0, len(names) - 1, min(len(names), _TENSORS)).round().astype(int)
+    return _spread(names, _TENSORS)
+
+
+def pick_replicas(
+    tensors: Mapping[str, torch.Tensor], records: Mapping[str, TensorRecord]
+) -> tuple[str, ...]:
+    """Choose tensors of optimizers to look at that are taken for replicas: nothing but DDP's habit says so."""
+    from torch.distributed.tensor import DTensor
+
+    names = [
+        name
+        for name, tensor in sorted(tensors.items())
+        if tensor.numel() and not isinstance(tensor, DTensor) and records[name].layout != _LEADER
+    ]
+    return _spread(names, _STATES)
+
+
+def _spread(names: Sequence[str], most: int) -> tuple[str, ...]:
+    places = np.linspace(0, len(names) - 1, min(len(names), most)).round().astype(int)
     return tuple(names[place] for place in places)
 
 

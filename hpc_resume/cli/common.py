@@ -129,3 +129,18 @@ def print_table(table: Table) -> None:
         console.print(shown)
     if table.note:
         console.print(Text(printable(table.note)))
+
+
+def print_part(title: str, lines: Sequence[str]) -> None:
+    """Print a heading and what is below it: wrapped on a terminal, a line each elsewhere."""
+    if not sys.stdout.isatty():
+        click.echo("\n".join([title, *(f"    {line}" for line in lines)]))
+        return
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console()  # respects NO_COLOR
+    console.print(Text(title, style="bold"))
+    for line in lines:
+        console.print(Padding(Text(line), (0, 0, 0, 4)))

@@ -18,6 +18,7 @@ from hpc_resume.cli.common import (
     main,
     options_option,
     print_json,
+    print_part,
     print_table,
     run_argument,
     run_dir_option,
@@ -26,6 +27,7 @@ from hpc_resume.errors import EXIT_FAILED, HpcResumeError, UsageError
 
 if TYPE_CHECKING:
     from hpc_resume.job import Job
+    from hpc_resume.launch.resubmit import Answer
 
 
 @main.command(cls=BeforeCommand)
@@ -109,6 +111,21 @@ def status(run: Path, as_json: bool) -> None:
 
 @main.command()
 @run_argument
+@as_json_flag
+def explain(run: Path, as_json: bool) -> None:
+    """Tell what ended each attempt of a run, what was decided and why, and what comes next."""
+    from hpc_resume.report.explain import explain as tell
+
+    found = tell(run)
+    if as_json:
+        print_json(found.to_json())
+        return
+    for part in found.parts:
+        print_part(part.title, part.lines)
+
+
+@main.command()
+@run_argument
 def cancel(run: Path) -> None:
     """End a run's job for good; its ranks may save first."""
     from hpc_resume.job import Job
@@ -122,6 +139,44 @@ def cancel(run: Path) -> None:
         else f"job {job.id} is {before} already",
         err=True,
     )
+
+
+@main.command()
+@run_argument
+@click.option("--watch", is_flag=True, help="Look again and again until the run is over (in tmux, say).")
+@click.option("--every", "every_s", default=60.0, show_default=True, metavar="SECONDS", help="With --watch.")
+@as_json_flag
+def resubmit(run: Path, watch: bool, every_s: float, as_json: bool) -> None:
+    """Submit a run again that was interrupted and that no job goes on from; never twice.
+
+    With --watch, a job that has waited longer than its node type's wait_limit_s asks for the next one.
+    """
+    from hpc_resume.launch.resubmit import Resubmission
+
+    looking = Resubmission(run)
+    if watch:
+        answer = looking.watch(every_s=every_s, say=lambda text: click.echo(text, err=True))
+    else:
+        answer = looking.resubmit()
+    _print_answer(answer, as_json=as_json)
+
+
+@main.command(name="move-on")
+@run_argument
+@click.option("--to", metavar="NAME", help="Name of a node type; by default the next one.")
+@as_json_flag
+def move_on(run: Path, to: str | None, as_json: bool) -> None:
+    """Have a run's pending job ask for the next of its node types."""
+    from hpc_resume.launch.resubmit import Resubmission
+
+    _print_answer(Resubmission(run).move_on(to), as_json=as_json)
+
+
+def _print_answer(answer: Answer, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"job_id": answer.job_id, "over": answer.over, "why": answer.why})
+    else:
+        click.echo(answer.why)
 
 
 def _follow(job: Job) -> str:

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from hpc_resume.checkpoint.boxes import Box
-from hpc_resume.checkpoint.leaves import escape
+from hpc_resume.checkpoint.names import escape
 from hpc_resume.checkpoint.structure import Structure, TensorRecord
 from hpc_resume.errors import StateError
 from hpc_resume.exchange.tree import nested

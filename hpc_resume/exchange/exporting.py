@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from hpc_resume.checkpoint import objects
-from hpc_resume.checkpoint.leaves import escape, unescape
+from hpc_resume.checkpoint.names import escape, unescape
 from hpc_resume.checkpoint.opened import Checkpoint, target_dtype
 from hpc_resume.checkpoint.saved import any_leaf
 from hpc_resume.checkpoint.structure import TensorRecord
@@ -189,6 +189,8 @@ def _renamed(node: Any, names: dict[str, str]) -> Any:
         if tag == objects.SAME_TAG:
             own, stored = content[0], names[content[1]]
             return {"$tensor": own} if own == stored else {tag: [own, stored]}
+        if tag == objects.TENSORS_TAG:
+            return _renamed(objects.unfolded(content), names)
     return {key: _renamed(item, names) for key, item in node.items()}
 
 

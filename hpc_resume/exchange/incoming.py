@@ -52,7 +52,7 @@ class Incoming:
     @classmethod
     def of_names(cls, items: Mapping[str, Item], key: str = MODEL) -> Incoming:
         """Take tensors by name for the state dict of one tracked item."""
-        from hpc_resume.checkpoint.leaves import escape
+        from hpc_resume.checkpoint.names import escape
 
         names = {name: f"{escape(key)}/{escape(name)}" for name in items}
         pairs = [[name, {"$tensor": stored}] for name, stored in names.items()]

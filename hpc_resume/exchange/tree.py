@@ -83,10 +83,10 @@ def _select(node: Any, keep: Callable[[str], bool]) -> Any:
         return node
     if len(node) == 1:
         (tag, content), *_ = node.items()
-        if tag in objects.TENSOR_TAGS:
-            return node if keep(content) else _GONE
-        if tag == objects.SAME_TAG:
-            return node if keep(content[0]) else _GONE
+        if tag in {*objects.TENSOR_TAGS, objects.SAME_TAG}:
+            return node if keep(content[0] if tag == objects.SAME_TAG else content) else _GONE
+        if tag == objects.TENSORS_TAG:
+            return _select(objects.unfolded(content), keep)
         if tag == "$numpy":
             return objects.encode(objects.decode(node).item(), ())
         if tag in {"$dict", "$ordereddict", "$counter"}:

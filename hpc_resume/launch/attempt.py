@@ -77,7 +77,7 @@ class Attempt:
         self._kill_at_s: float | None = None
         self._warned = self._cancelled = self._killed = False
         self._codes: tuple[int | None, ...] = (None,) * len(processes)
-        self._first_to_fall: tuple[int, ...] = ()
+        self._first_to_fall: dict[int, int] = {}
         self.ended_by: str | None = None
         """Why the scheduler ended it: ``"time limit"``, ``"preemption"``; ``None`` if it did not."""
 
@@ -92,9 +92,13 @@ class Attempt:
         return tuple(code for code in self._codes if code is not None)
 
     @property
-    def telling_codes(self) -> tuple[int, ...]:
-        """Codes that tell how it went: those of ranks that were not ended because of another one."""
-        return self._first_to_fall or self.exit_codes
+    def telling_codes(self) -> dict[int, int]:
+        """Codes by rank that tell how it went: those of ranks that were not ended because of another one."""
+        return self._first_to_fall or self._ended
+
+    @property
+    def _ended(self) -> dict[int, int]:
+        return {rank: code for rank, code in enumerate(self._codes) if code is not None}
 
     def step(self, now_s: float, *, cancel: bool, preempt: bool) -> bool:
         """Look after the ranks; called again and again.
@@ -129,7 +133,7 @@ class Attempt:
         due = self._preempt_at_s is not None and now_s >= self._preempt_at_s
         if any(code not in (EXIT_DONE, EXIT_CONTINUE) for code in self.exit_codes):
             # As srun -K does; the job is RUNNING still, so its ranks know that it is no cancel.
-            self._first_to_fall = self.exit_codes
+            self._first_to_fall = self._ended
             self._end(now_s)
         elif self._grace_ends_s is not None:
             if now_s >= self._grace_ends_s:

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc_resume.errors import EXIT_CONTINUE
-from hpc_resume.files import Clock, JsonObject
+from hpc_resume.files import DISK, Clock, JsonObject
 from hpc_resume.journal import read_events
 from hpc_resume.launch.attempt import Allocation, Attempt, Process, Times
 from hpc_resume.policy.exits import Outcome, after_exit
-from hpc_resume.policy.inplace import starts_again
+from hpc_resume.policy.inplace import WORDS, starts_again
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.scheduler.local import LocalState, process_ticks, state_path
 
@@ -202,8 +202,8 @@ class Controller:
             if self._cancel or self._preempt or not attempt.left_alone:
                 break
             if not starts_again(
-                attempt.telling_codes,
-                self._last_word(known),
+                tuple(attempt.telling_codes.values()),
+                self._words(known),
                 left_s=None if end_s is None else end_s - self._clock(),
                 least_s=self.plan.times.warning_lead_s,
                 restarts=in_place,
@@ -215,13 +215,12 @@ class Controller:
             self._pause(step_began_s)
         return attempt
 
-    def _last_word(self, known: int) -> JsonObject | None:
-        """Give the last request to stop or ending of the newest attempt, if it is none of the ``known`` ones."""
+    def _words(self, known: int) -> list[JsonObject]:
+        """Give what the newest attempt's journal says of its end, if it is none of the ``known`` ones."""
         numbers = self._run_directory.attempt_numbers()
         if len(numbers) <= known:
-            return None
-        events = read_events(self._run_directory.attempt(numbers[-1]) / "events.jsonl")
-        return next((each for each in reversed(events) if each["event"] in {"stop_requested", "ended"}), None)
+            return []
+        return read_events(self._run_directory.attempt(numbers[-1]) / "events.jsonl", WORDS)
 
     def _attempt(self, allocation: Allocation, restarts: int, step: int, *, began_s: float) -> Attempt:
         """Run one attempt to its end."""
@@ -242,7 +241,14 @@ class Controller:
                 process.send(signal.SIGKILL)
             raise
         self._write(exit_codes=attempt.exit_codes)
+        self._leave_codes(attempt, restarts)
         return attempt
+
+    def _leave_codes(self, attempt: Attempt, restarts: int) -> None:
+        """Leave for the next attempt how the ranks ended: one that was killed could not say so itself."""
+        path = self._run_directory.exit_codes_path(self.plan.job_id, restarts)
+        if path.parent.is_dir():  # else no attempt has begun
+            DISK.write_file(path, json.dumps(attempt.telling_codes).encode())
 
     def _pause(self, began_s: float) -> None:
         while not self._cancel and self._clock() < began_s + _SHORTEST_CYCLE_S:
@@ -294,7 +300,7 @@ def initial_state(plan: Plan, *, pid: int) -> LocalState:
 
 def _outcome(attempt: Attempt) -> Outcome:
     """Decide from the codes; one that was ended from outside is continued whatever a rank made of it."""
-    outcome = after_exit(attempt.telling_codes)
+    outcome = after_exit(tuple(attempt.telling_codes.values()))
     if outcome.decision == "stop" and attempt.ended_by is not None:
         return Outcome(decision="continue", why=f"ended by {attempt.ended_by}; {outcome.why}")
     return outcome

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from hpc_resume.errors import CheckpointNotFound, IntegrityError, UsageError
 from hpc_resume.files import DISK, Clock, Filesystem
+from hpc_resume.launch.chain import Chain
 from hpc_resume.rundir import RunDirectory
-from hpc_resume.scheduler.base import UNKNOWN
 
 SCHEMA = 1
 #: States after which nothing more happens.
@@ -80,7 +80,7 @@ class JobHandle:
         fs.write_file(path, json.dumps(values, indent=1).encode())
 
     def submitit_job(self) -> Any:
-        """Give the job as submitit knows it, for its results."""
+        """Give the job as submitit knows it, for its results: of those that go on from each other, the last."""
         folder = jobs_folder(self.run_dir)
         if self.scheduler == "local":
             from hpc_resume.launch.onemachine import OneMachineJob
@@ -88,7 +88,7 @@ class JobHandle:
             return OneMachineJob(folder=folder, job_id=self.job_id, tasks=(0,))
         from submitit.slurm.slurm import SlurmJob
 
-        return SlurmJob(folder=folder, job_id=self.job_id, tasks=(0,))
+        return SlurmJob(folder=folder, job_id=self.chain().latest(), tasks=(0,))
 
     def state(self) -> str:
         """Slurm's word for how the job is.
@@ -104,15 +104,20 @@ class JobHandle:
             except (OSError, IntegrityError):
                 return "UNKNOWN"
             return record.state if record.state in OVER or record.alive() else "LOST"
-        from hpc_resume.scheduler.slurm import SlurmScheduler
+        chain = self.chain()
+        _, facts = chain.current()
+        if facts.state in OVER and chain.over().startswith("a person cancelled"):
+            return "CANCELLED"  # a person has ended what was to go on from the last job
+        return "GONE" if chain.queue.forgotten(facts) else facts.state
 
-        facts = SlurmScheduler(self.job_id).facts()
-        return (
-            "GONE" if facts.state == UNKNOWN and "invalid job id" in facts.evidence.lower() else facts.state
-        )
+    def chain(self) -> Chain:
+        """Give the job with those that go on from it; under Slurm only."""
+        from hpc_resume.scheduler.queue import SlurmQueue
+
+        return Chain(self.run_dir, self.job_id, SlurmQueue())
 
     def cancel(self) -> None:
-        """End the job for good; its ranks may save first. Harmless when it is over.
+        """End the job for good, and all that go on from it; its ranks may save first. Harmless when it is over.
 
         Raises
         ------
@@ -122,9 +127,7 @@ class JobHandle:
         if self.scheduler == "local":
             self.submitit_job().cancel()
         else:
-            from hpc_resume.scheduler.slurm import SlurmScheduler
-
-            SlurmScheduler(self.job_id).cancel()
+            self.chain().cancel("a person cancelled it by hpc-resume cancel")
 
     def preempt(self) -> None:
         """Take the allocation away, as a more important job would; embedded scheduler only.
@@ -142,8 +145,9 @@ class JobHandle:
         self.submitit_job().preempt()
 
     def log_path(self, rank: int = 0) -> Path:
-        """Where a rank's output is."""
-        return jobs_folder(self.run_dir) / f"{self.job_id}_{rank}_log.out"
+        """Where a rank's output is; of jobs that go on from each other, the last one's."""
+        job_id = self.job_id if self.scheduler == "local" else self.chain().latest()
+        return jobs_folder(self.run_dir) / f"{job_id}_{rank}_log.out"
 
     def wait(
         self, *, timeout_s: float | None = None, poll_s: float = 0.2, clock: Clock = time.monotonic
@@ -185,19 +189,20 @@ def find_jobs(run_dir: Path) -> list[JobHandle]:
             raise IntegrityError(f"{path}: damaged ({error})") from error
     run = RunDirectory(run_dir)
     for number in run.attempt_numbers():
-        job = _job_of_attempt(run, number)
+        job = job_of_attempt(run, number)
         if job is not None:
             jobs.setdefault(job.job_id, job)
     return sorted(jobs.values(), key=lambda job: (job.submitted, job.job_id))
 
 
-def _job_of_attempt(run: RunDirectory, number: int) -> JobHandle | None:
+def job_of_attempt(run: RunDirectory, number: int) -> JobHandle | None:
+    """Give the job of an attempt under Slurm: of those that go on from each other, the first."""
     try:
         record = json.loads((run.attempt(number) / "attempt.json").read_bytes())
         if record["kind"] != "slurm" or not record["job_id"]:
             return None
         return JobHandle(
-            job_id=str(record["job_id"]),
+            job_id=str(record.get("chain") or record["job_id"]),
             scheduler="slurm",
             run_dir=run.root,
             what="",

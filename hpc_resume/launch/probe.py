@@ -163,6 +163,7 @@ def render_probe(config: Config, folder: Path) -> str:
     node_type = config.node_types[0]
     small = config.replace(
         name="hpc-resume-probe",
+        continuation="exit",
         time_limit_s=_LIMIT_S,
         warning_lead_s=0,
         node_types=[
@@ -179,7 +180,7 @@ def render_probe(config: Config, folder: Path) -> str:
     options, inside = container_words(config.slurm.container, folder)
     return fill_in(
         "probe.sbatch.j2",
-        directives=job_directives(small, str(folder / _LOG).replace("%", "%%")),
+        directives=job_directives(small, small.node_types[0], str(folder / _LOG).replace("%", "%%")),
         setup=software_lines(config.environment),
         folder=str(folder),
         srun=" ".join([shlex.join(config.slurm.srun_args), *options]),

@@ -17,10 +17,21 @@ from hpc_resume._version import __version__
 from hpc_resume.config import Config
 from hpc_resume.errors import UsageError
 from hpc_resume.launch.software import container_words, software_lines
+from hpc_resume.scheduler.notes import NOTES
+from hpc_resume.settings import NodeType
 
 _TEMPLATE = "job.sbatch.j2"
 #: What a rank reads of the settings; the rest has served its purpose when the script is written.
-_SETTINGS_OF_RANKS = ("name", "seed", "warning_lead_s", "warning_signal", "checkpoint", "stop", "budget")
+_SETTINGS_OF_RANKS = (
+    "name",
+    "seed",
+    "warning_lead_s",
+    "warning_signal",
+    "continuation",
+    "checkpoint",
+    "stop",
+    "budget",
+)
 #: Source: sbatch(1), --signal.
 _LONGEST_LEAD_S = 65535
 #: A look at a node takes seconds, and a minute where a busy filesystem gives Python's files.
@@ -32,7 +43,19 @@ _WHY = {
     "open-mode": "A requeued job goes on writing to the same log.",
     "signal": "Warns every rank that many seconds before the time limit, or up to 30 earlier.",
     "requeue": "Lets Slurm start the job again after a preemption or a node failure.",
+    "array": "Each element goes on from the one before it; one at a time.",
 }
+#: Told of a node type on the command line, and taken out of the script that is submitted so.
+_OF_NODE_TYPE = (
+    "partition",
+    "constraint",
+    "nodes",
+    "ntasks-per-node",
+    "cpus-per-task",
+    "gpus-per-node",
+    "mem",
+    "time",
+)
 
 
 def render(
@@ -41,8 +64,10 @@ def render(
     command: Sequence[str] | str,
     run_dir: Path,
     config_path: Path | None = None,
-    output: str = "%x-%j.log",
+    node_type: int = 0,
+    output: str | None = None,
     rank_output: str | None = None,
+    pickles: Path | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> str:
     """Write the sbatch script of a run.
@@ -50,7 +75,7 @@ def render(
     Parameters
     ----------
     config
-        Its first node type is asked for.
+        The run's settings.
     command
         What every rank runs: words, or one line of shell.
     run_dir
@@ -58,10 +83,15 @@ def render(
     config_path
         The stored configuration. Without one the script carries the settings that the ranks read, so that it
         can be copied anywhere.
+    node_type
+        Which of the configured node types is asked for, from 0. A job that goes on from this one may ask for
+        another: the script knows them all.
     output
         Slurm's pattern of the log; its folder must exist when the job starts.
     rank_output
         Pattern of a log for each rank, with ``%t`` for the rank; without it they share the job's.
+    pickles
+        The folder of submitit's files, where the command is submitit's.
     variables
         Exported on top of the configured ones.
 
@@ -70,36 +100,51 @@ def render(
     UsageError
         If a value can't be written into a script.
     """
-    slurm, node_type = config.slurm, config.node_types[0]
+    slurm, asked = config.slurm, config.node_types[node_type]
+    several = len(config.node_types) > 1
     exports = dict(config.environment.variables)
     exports["HPC_RESUME_RUN_DIR"] = str(run_dir)
     if config_path is not None:
         exports["HPC_RESUME_CONFIG"] = str(config_path)
     else:
         exports.update(_settings_as_variables(config))
-    if node_type.name != type(node_type)().name:
-        exports["HPC_RESUME_NODE_TYPE"] = node_type.name
+    if not several and asked.name != type(asked)().name:
+        exports["HPC_RESUME_NODE_TYPE"] = asked.name
     exports.update(variables or {})
 
-    container_options, inside = container_words(slurm.container, run_dir)
-    words = [f"--ntasks-per-node={node_type.tasks_per_node}", "--kill-on-bad-exit=1"]
+    words = ["--kill-on-bad-exit=1"]
     if rank_output is not None:
         words.append(f"--output={rank_output}")
     words += slurm.srun_args
+    options, inside = container_words(slurm.container, run_dir)
     line = _one_line("command", command if isinstance(command, str) else shlex.join(command))
     check = [*inside, shlex.quote(job_interpreter(config, line)), "-m", "hpc_resume.cli", "doctor", "--node"]
+    if output is None:
+        output = "%x-%A_%a.log" if config.continuation == "array" else "%x-%j.log"
+    queues = config.continuation in {"chain", "array"}
     return fill_in(
         _TEMPLATE,
         title=f"Job of the run {config.name!r}. Written by hpc_resume {__version__}.",
         run_dir=_one_line("run_dir", str(run_dir)),
-        directives=list(job_directives(config, output)),
+        notes=str(run_dir / NOTES),
+        continuation=config.continuation,
+        queues=queues,
+        remembers=queues or config.continuation == "login",
+        submits=config.continuation == "chain" or (several and config.continuation in {"requeue", "exit"}),
+        types=[_type_for_script(config, number) for number in range(len(config.node_types))]
+        if several
+        else [],
+        number=node_type,
+        type_options="|".join(_OF_NODE_TYPE),
+        tasks=asked.tasks_per_node,
+        pickles=None if pickles is None else str(pickles),
+        directives=list(job_directives(config, asked, output)),
         setup=software_lines(config.environment),
         variables={name: _one_line(name, value) for name, value in exports.items()},
-        container=bool(inside or container_options),
-        srun=" ".join([shlex.join(words), *container_options]),
+        srun=" ".join([shlex.join(words), *options]),
         command=" ".join([*inside, line]),
         check=" ".join(check) if slurm.check_nodes else None,
-        check_options=" ".join(["--ntasks-per-node=1", "--kill-on-bad-exit=0", *container_options]),
+        check_options=" ".join(["--ntasks-per-node=1", "--kill-on-bad-exit=0", *options]),
         check_s=_CHECK_S,
         restarts=config.budget.restarts_in_place,
         least_s=math.ceil(config.warning_lead_s) + _WORTH_IT_S,
@@ -131,34 +176,81 @@ def fill_in(template: str, **values: Any) -> str:
     return environment.from_string(_template(template)).render(**values)
 
 
+def node_type_options(config: Config, number: int) -> list[str]:
+    """Give what sbatch is told of a node type, as words of its command line.
+
+    Parameters
+    ----------
+    config
+        The run's settings.
+    number
+        Which of its node types, from 0.
+    """
+    return [
+        f"--{name}={_one_line(f'--{name}', str(value))}"
+        for name, value in _node_type_values(config, config.node_types[number]).items()
+        if value is not None
+    ]
+
+
+def _type_for_script(config: Config, number: int) -> dict[str, Any]:
+    node_type = config.node_types[number]
+    limit_s = node_type.time_limit_s or config.time_limit_s
+    return {
+        "name": shlex.quote(node_type.name),
+        "tasks": node_type.tasks_per_node,
+        "limit_s": 0 if limit_s is None else math.ceil(limit_s),
+        "wait_s": None if node_type.wait_limit_s is None else math.ceil(node_type.wait_limit_s),
+        "options": shlex.join(node_type_options(config, number)),
+    }
+
+
 def slurm_time(seconds: float) -> str:
     """Write a duration as ``HH:MM:SS``, rounded up; Slurm takes more than 24 hours so, too."""
     whole = math.ceil(seconds)
     return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def job_directives(config: Config, output: str) -> list[tuple[str | None, str]]:
-    """Give the lines after ``#SBATCH``, each with the comment above it."""
-    slurm, node_type = config.slurm, config.node_types[0]
+def _node_type_values(config: Config, node_type: NodeType) -> dict[str, Any]:
+    """Give sbatch's options that say what a node type is."""
     limit_s = node_type.time_limit_s or config.time_limit_s
-    lead_s = min(math.ceil(config.warning_lead_s), _LONGEST_LEAD_S)
-    options: dict[str, Any] = {
-        "job-name": config.name,
-        "output": output,
-        "open-mode": "append",
-        "time": None if limit_s is None else slurm_time(limit_s),
-        "signal": f"{config.warning_signal}@{lead_s}" if lead_s else None,
-        "requeue" if slurm.requeue else "no-requeue": True,
+    return {
         "partition": node_type.partition,
         "constraint": node_type.constraint,
-        "account": slurm.account,
-        "qos": slurm.qos,
         "nodes": node_type.nodes,
         "ntasks-per-node": node_type.tasks_per_node,
         "cpus-per-task": node_type.cpus_per_task,
         "gpus-per-node": node_type.gpus_per_node or None,
-        "gres": slurm.gres,
         "mem": None if node_type.mem_gb is None else _memory(node_type.mem_gb),
+        "time": None if limit_s is None else slurm_time(limit_s),
+    }
+
+
+def job_directives(config: Config, node_type: NodeType, output: str) -> list[tuple[str | None, str]]:
+    """Give the lines after ``#SBATCH``, each with the comment above it."""
+    slurm = config.slurm
+    asked = _node_type_values(config, node_type)
+    lead_s = min(math.ceil(config.warning_lead_s), _LONGEST_LEAD_S)
+    # A job of a chain or an array is followed by another one; were it requeued as well, there would be two.
+    requeue = slurm.requeue and config.continuation not in {"chain", "array"}
+    options: dict[str, Any] = {
+        "job-name": config.name,
+        "output": output,
+        "open-mode": "append",
+        "time": asked.get("time"),
+        "signal": f"{config.warning_signal}@{lead_s}" if lead_s else None,
+        "requeue" if requeue else "no-requeue": True,
+        "array": f"1-{slurm.array_elements}%1" if config.continuation == "array" else None,
+        "partition": asked.get("partition"),
+        "constraint": asked.get("constraint"),
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "nodes": asked.get("nodes"),
+        "ntasks-per-node": asked.get("ntasks-per-node"),
+        "cpus-per-task": asked.get("cpus-per-task"),
+        "gpus-per-node": asked.get("gpus-per-node"),
+        "gres": slurm.gres,
+        "mem": asked.get("mem"),
         "exclude": slurm.exclude,
         "nodelist": slurm.nodelist,
     }
@@ -189,7 +281,9 @@ def _one_line(name: str, value: str) -> str:
 def _settings_as_variables(config: Config) -> dict[str, str]:
     """Give the settings that ranks read and that are not their defaults as ``HPC_RESUME_*`` variables."""
     actual, default = config.model_dump(mode="json"), Config().model_dump(mode="json")
-    actual["time_limit_s"] = config.node_types[0].time_limit_s or config.time_limit_s
+    several = len(config.node_types) > 1
+    if not several:
+        actual["time_limit_s"] = config.node_types[0].time_limit_s or config.time_limit_s
     found: dict[str, str] = {}
 
     def collect(at: str, value: Any, usual: Any) -> None:
@@ -199,7 +293,7 @@ def _settings_as_variables(config: Config) -> dict[str, str]:
         elif value != usual:
             found[f"HPC_RESUME_{at.upper()}"] = _scalar(value)
 
-    for key in (*_SETTINGS_OF_RANKS, "time_limit_s"):
+    for key in (*_SETTINGS_OF_RANKS, "time_limit_s", *(["node_types"] if several else [])):
         collect(key, actual[key], default[key])
     return found
 

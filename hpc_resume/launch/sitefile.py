@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hpc_resume._version import __version__
-from hpc_resume.config import Config
 from hpc_resume.errors import UsageError
 from hpc_resume.files import DISK, Filesystem
 from hpc_resume.launch.doctorslurm import kind_name
@@ -74,12 +73,11 @@ def site_file(site: Site, advice: Recommendation, partition: str | None = None) 
         f"warning_lead_s: {lead_s:g}             # a save must fit in, and Slurm looks every 30 s",
         "",
         *(f"# {reason}" for reason in advice.reasons),
-        f"{'' if 'continuation' in Config.model_fields else '# '}continuation: {advice.continuation}",
+        f"continuation: {advice.continuation}",
         "",
-        "# The first one is asked for. One rank for each GPU.",
+        "# In the order of preference; wait_limit_s has a job ask for the next one. One rank for each GPU.",
         "node_types:",
-        *(line for kind in kinds for line in _node_type(kind, chosen, kinds)),
-        *([] if kinds else ["  - name: default"]),
+        *_node_types(chosen, kinds, several=advice.continuation != "array"),
         "",
         "slurm:",
         "  account: null                  # --account, if your site wants one",
@@ -102,9 +100,20 @@ def _most(partition: Partition) -> str:
     return f"{partition.max_time_s:g} s at most here; short jobs start sooner"
 
 
-def _node_type(kind: NodeKind, partition: Partition, others: Sequence[NodeKind]) -> Iterator[str]:
+def _node_types(partition: Partition, kinds: Sequence[NodeKind], *, several: bool) -> Iterator[str]:
+    if not kinds:
+        yield "  - name: default"
+    names: list[str] = []
+    for kind in kinds:
+        name = re.sub(r"[^A-Za-z0-9._+-]", "-", kind_name(kind)) or "node"
+        names.append(f"{name}-{names.count(name) + 1}" if name in names else name)
+        active = several or len(names) == 1  # the elements of an array are alike
+        for line in _node_type(names[-1], kind, partition, kinds):
+            yield line if active else f"  # {line[2:]}"
+
+
+def _node_type(name: str, kind: NodeKind, partition: Partition, others: Sequence[NodeKind]) -> Iterator[str]:
     tasks = max(kind.gpus, 1)
-    name = re.sub(r"[^A-Za-z0-9._+-]", "-", kind_name(kind)) or "node"
     yield f"  - name: {name:<23}# {len(kind.names)} of them: {_some(kind.names)}"
     yield f"    partition: {partition.name}"
     constraint = _constraint(kind, others)

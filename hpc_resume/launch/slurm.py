@@ -52,6 +52,8 @@ class ResumeSlurmExecutor(submitit.SlurmExecutor):
     def _make_submission_file_text(self, command: str, uid: str) -> str:  # noqa: ARG002 - submitit's signature
         # "%" means something in Slurm's file names, and the folder may have one.
         pattern = str(JobPaths(folder=Path(str(self.folder).replace("%", "%%"))).stdout)
+        if self._config.continuation == "array":
+            pattern = pattern.replace("%j", "%A_%a")
         return render(
             self._config,
             command=command,
@@ -59,6 +61,7 @@ class ResumeSlurmExecutor(submitit.SlurmExecutor):
             config_path=self._config_path,
             output=pattern.replace("%t", "0"),
             rank_output=pattern,
+            pickles=self.folder,
             variables={"SUBMITIT_EXECUTOR": "slurm"},
         )
 

@@ -147,13 +147,13 @@ def _send(entry: Entry, config: Config, run: RunDirectory, config_path: Path) ->
     slurm = ResumeSlurmExecutor(
         jobs_folder(run.root), config=config, run_dir=run.root, config_path=config_path
     )
-    with _only(clean_environment(os.environ)):  # sbatch hands its environment on
+    with only(clean_environment(os.environ)):  # sbatch hands its environment on
         return str(slurm.submit(entry).job_id)
 
 
 @contextlib.contextmanager
-def _only(environment: Mapping[str, str]) -> Iterator[None]:
-    """Leave only these variables in this process's environment for a while."""
+def only(environment: Mapping[str, str]) -> Iterator[None]:
+    """Leave only these variables in this process's environment for a while: sbatch hands it on."""
     before = dict(os.environ)
     try:
         for name in before.keys() - environment.keys():

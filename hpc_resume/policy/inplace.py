@@ -9,11 +9,15 @@ from hpc_resume.policy.exits import died_by_signal
 
 #: Killed by a warning, before a rank knew what it means: 128 + SIGUSR1, 128 + SIGUSR2, and as Python counts.
 _WARNED = frozenset({138, 140, -10, -12})
+#: What an attempt's journal says of its end.
+WORDS = frozenset({"stop_requested", "stop_agreed", "ended"})
+#: Unknown is why a peer was lost, as long as nobody has said so.
+_CRASHES = frozenset({"crash", "unknown"})
 
 
 def starts_again(
     exit_codes: Sequence[int],
-    last_word: Mapping[str, Any] | None,
+    words: Sequence[Mapping[str, Any]],
     *,
     left_s: float | None,
     least_s: float,
@@ -28,10 +32,8 @@ def starts_again(
     ----------
     exit_codes
         Of the ranks.
-    last_word
-        The last request to stop or ending in the attempt's journal; ``None`` if it has left none, as when its
-        rank 0 was killed. Launchers end the peers of a rank that died by SIGTERM: a request that says no more
-        than that is no stop if ranks were killed after it.
+    words
+        The events :data:`WORDS` of the attempt's journal; none if its rank 0 was killed, or there was none yet.
     left_s
         Until the end of the job; ``None`` if it has none.
     least_s
@@ -41,14 +43,17 @@ def starts_again(
     """
     if restarts >= most or (left_s is not None and left_s <= least_s):
         return False
-    if last_word is None or _is_about_a_peer(last_word):
-        killed = [code for code in exit_codes if died_by_signal(code)]
-        return bool(killed) and not _WARNED & set(killed)
-    elsewhere = last_word.get("exclude") or last_word.get("move_on")
-    return last_word.get("cause") == "crash" and last_word.get("decision") == "continue" and not elsewhere
+    telling = [word for word in words if not _is_about_a_peer(word)]
+    if not telling:
+        killed = {code for code in exit_codes if died_by_signal(code)}
+        return bool(killed) and not _WARNED & killed
+    last = telling[-1]
+    crashed = last.get("cause") in _CRASHES and last.get("decision") == "continue"
+    return crashed and len(telling) == 1 and not (last.get("exclude") or last.get("move_on"))
 
 
 def _is_about_a_peer(word: Mapping[str, Any]) -> bool:
+    """Whether it is the SIGTERM with which launchers end the peers of a rank that died."""
     return word.get("event") == "stop_requested" and (word.get("cause"), word.get("signal")) == (
         "signal",
         "SIGTERM",

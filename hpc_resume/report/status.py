@@ -24,7 +24,7 @@ _SILENCE_S = 600.0
 #: The last line of a metrics file is in here.
 _TAIL_BYTES = 1 << 16
 _TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("t", "started"), (int, float)),
+    **dict.fromkeys(("t", "started", "delay_s"), (int, float)),
     **dict.fromkeys(("step", "exit_code", "restart_count", "world_size"), int),
     **dict.fromkeys(("job_id", "node_type", "cause", "decision", "rendezvous", "kind", "event"), str),
     "nodes": list,
@@ -39,12 +39,20 @@ class AttemptStatus:
 
     Parameters
     ----------
+    kind
+        What started it; see :class:`~hpc_resume.scheduler.environment.JobEnvironment`.
     cause
         Why it ended, a value of :class:`~hpc_resume.scheduler.cause.Cause`; ``None`` while it runs.
     evidence
         What the cause was concluded from.
     decision
         ``"continue"``, ``"stop"``, ``"done"``, or ``None`` if it had no last word.
+    because
+        Why that was decided.
+    delay_s, exclude, move_on
+        How it was to go on; see :class:`~hpc_resume.policy.decision.Decision`.
+    diagnosed_by
+        The attempt that found the cause out afterwards; ``None`` if it is this one's own word.
     started, ended
         Unix seconds.
     first_step, last_step
@@ -54,6 +62,7 @@ class AttemptStatus:
     """
 
     attempt: int
+    kind: str | None
     job_id: str | None
     restart_count: int | None
     world_size: int | None
@@ -68,6 +77,11 @@ class AttemptStatus:
     last_step: int | None
     steps_lost: int
     exit_code: int | None
+    because: str
+    delay_s: float
+    exclude: tuple[str, ...]
+    move_on: bool
+    diagnosed_by: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +139,17 @@ def status(root: Path, *, clock: Clock = time.time) -> RunStatus:
     traces = [_Trace(run, number) for number in run.attempt_numbers()]
     names = run.checkpoint_names()
     alive, state, why = _state(run, traces, clock())
+    diagnoses = {
+        event["attempt"]: (trace.number, event)
+        for trace in traces
+        for event in trace.events
+        if event.get("event") == "diagnosed" and isinstance(event.get("attempt"), int)
+    }
     attempts = []
     for place, trace in enumerate(traces):
         over = place < len(traces) - 1 or not alive
-        attempts.append(trace.status(over=over, next_first=_next_first_step(traces[place + 1 :])))
+        next_first = _next_first_step(traces[place + 1 :])
+        attempts.append(trace.status(over=over, next_first=next_first, diagnosis=diagnoses.get(trace.number)))
     known = [trace.last_step for trace in traces if trace.last_step is not None]
     return RunStatus(
         run_id=identity["run_id"],
@@ -169,21 +190,39 @@ class _Trace:
         steps += [step + 1 for step in metrics if step is not None]  # a metric's step counts from 0
         return max(steps, default=None)
 
-    def status(self, *, over: bool, next_first: int | None) -> AttemptStatus:
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Nodes of all ranks, or as long as they have not met, of rank 0."""
+        ranks = (_last(self.events, {"met"}) or {}).get("ranks")
+        return tuple(
+            str(node) for node in (ranks if isinstance(ranks, dict) else self.record.get("nodes", ()))
+        )
+
+    def status(
+        self, *, over: bool, next_first: int | None, diagnosis: tuple[int, JsonObject] | None
+    ) -> AttemptStatus:
         stop = _last(self.events, {"stop_requested"}) or {}
         ended = self.ended or {}
-        cause = ended.get("cause") or (stop.get("cause") or Cause.UNKNOWN.value if over else None)
+        by, found = diagnosis or (None, {})
+        cause = (
+            found.get("cause")
+            or ended.get("cause")
+            or (stop.get("cause") or Cause.UNKNOWN.value if over else None)
+        )
+        evidence = found.get("evidence") or ended.get("evidence") or ended.get("why") or stop.get("evidence")
         lost = 0 if next_first is None or self.last_step is None else max(0, self.last_step - next_first)
         record = self.record
+        exclude = ended.get("exclude")
         return AttemptStatus(
             attempt=self.number,
+            kind=record.get("kind"),
             job_id=record.get("job_id"),
             restart_count=record.get("restart_count"),
             world_size=record.get("world_size"),
             node_type=record.get("node_type"),
-            nodes=tuple(str(node) for node in record.get("nodes", ())),
+            nodes=self.nodes,
             cause=cause,
-            evidence=str(ended.get("why") or stop.get("evidence") or ("left no last word" if over else "")),
+            evidence=str(evidence or ("left no last word" if over else "")),
             decision=ended.get("decision"),
             started=record.get("started"),
             ended=ended.get("t") or (self.last_sign if over else None),
@@ -191,6 +230,11 @@ class _Trace:
             last_step=self.last_step,
             steps_lost=lost,
             exit_code=ended.get("exit_code"),
+            because=str(ended.get("because") or ended.get("why") or ""),
+            delay_s=ended.get("delay_s", 0.0),
+            exclude=tuple(map(str, exclude if isinstance(exclude, list) else ())),
+            move_on=ended.get("move_on") is True,
+            diagnosed_by=by,
         )
 
 

@@ -25,7 +25,10 @@ CAUSES = {
     "requeue": "requeued",
     "cancel": "cancelled",
     "node_failure": "node failed",
+    "bad_node": "left a bad node",
     "crash": "crashed",
+    "out_of_memory": "out of memory",
+    "hang": "hung",
     "no_progress": "no progress",
     "unknown": "killed",
 }

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hpc_resume.checkpoint.commit import claim_attempt, finish_earlier_commits
 from hpc_resume.config import Config
 from hpc_resume.files import DISK, Clock, JsonObject
-from hpc_resume.journal import Journal, read_events
-from hpc_resume.policy.budget import idle_attempts
+from hpc_resume.journal import Journal
+from hpc_resume.policy.retry import History
 from hpc_resume.provenance.environment import describe_environment
+from hpc_resume.run.history import diagnoses, earlier_attempts, history
+from hpc_resume.run.memory import OomKills
 from hpc_resume.rundir import RunDirectory, sealed
+from hpc_resume.scheduler.base import Scheduler
 from hpc_resume.scheduler.environment import JobEnvironment
 
 #: Since 2, the record has a digest, and each line of the journal and of the metrics a checksum.
@@ -31,30 +34,48 @@ class AttemptFacts:
         Of the run.
     node_type
         What kind of node it runs on, if that is known.
+    history
+        What came before.
     """
 
     number: int
     run_id: str
     node_type: str | None
+    history: History
+
+    def to_json(self) -> JsonObject:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> AttemptFacts:
+        """Read :meth:`to_json`."""
+        return cls(**{**record, "history": History.from_json(record["history"])})
 
 
 def begin_attempt(
     run: RunDirectory,
     environment: JobEnvironment,
-    node_type: str | None,
+    scheduler: Scheduler,
     config: Config,
     *,
     nodes: list[str],
     clock: Clock,
 ) -> tuple[AttemptFacts, Journal]:
-    """Claim the next attempt on rank 0, fence off earlier ones, and finish what they left ready to commit."""
+    """Claim the next attempt on rank 0, fence off earlier ones, and finish what they left ready to commit.
+
+    What ended those that could not say so themselves is found out, and written down.
+    """
     identity = run.create(config.name, clock=clock)
     number = claim_attempt(run)
     config.store(run)
+    # The scheduler first: what the launcher says may be what was asked for before a requeue elsewhere.
+    node_type = scheduler.node_type(environment.node) or environment.node_type
     record = {
         "schema": SCHEMA,
         "attempt": number,
         "job_id": environment.job_id,
+        "chain": environment.chain,
         "restart_count": environment.restart_count,
         "kind": environment.kind,
         "rendezvous": environment.rendezvous,
@@ -67,50 +88,29 @@ def begin_attempt(
     }
     DISK.write_file(run.attempt(number) / "attempt.json", sealed(record))
     journal = Journal(run.attempt(number) / "events.jsonl", clock=clock)
-    journal.event("begun")
+    oom_kills = OomKills.read()
+    journal.event("begun", oom_kills=oom_kills.to_json())
+    earlier = earlier_attempts(run, number)
+    found = {}
+    for which, verdict in diagnoses(run, earlier, environment, scheduler, oom_kills):
+        found[which] = verdict
+        journal.event(
+            "diagnosed",
+            attempt=which,
+            cause=verdict.cause.value,
+            evidence=verdict.evidence,
+            nodes=list(verdict.nodes),
+        )
     committed, refused = finish_earlier_commits(run)
     for name in committed:
         journal.event("finished_commit", checkpoint=name)
     for reason in refused:
         journal.event("unfinished_checkpoint", reason=reason)
-    return AttemptFacts(number=number, run_id=identity["run_id"], node_type=node_type), journal
-
-
-def idle_before(run: RunDirectory, number: int, job_id: str | None, first_step: int) -> int:
-    """Count the attempts of this job, up to the one before ``number``, that brought the run nowhere in a row.
-
-    Parameters
-    ----------
-    run
-        The run directory.
-    number
-        The attempt that is beginning.
-    job_id
-        Its job; attempts of another job do not count, because a person submitted this one anew.
-    first_step
-        Step that it begins at.
-    """
-    if job_id is None:
-        return 0
-    first_steps = [first_step]
-    for earlier in reversed([n for n in run.attempt_numbers() if n < number]):
-        if _record(run, earlier).get("job_id") != job_id:
-            break
-        # An attempt that died before it restored anything began, for all we know, where the next one does.
-        first_steps.insert(0, _first_step(run, earlier, default=first_steps[0]))
-    return idle_attempts(first_steps)
-
-
-def _record(run: RunDirectory, number: int) -> JsonObject:
-    try:
-        record: Any = json.loads((run.attempt(number) / "attempt.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _first_step(run: RunDirectory, number: int, default: int) -> int:
-    for event in read_events(run.attempt(number) / "events.jsonl"):
-        if event.get("event") in {"restored", "fresh"}:
-            return int(event.get("step", 0))
-    return default
+    further_types = environment.node_type in [each.name for each in config.node_types[:-1]]
+    facts = AttemptFacts(
+        number=number,
+        run_id=identity["run_id"],
+        node_type=node_type,
+        history=history(earlier, found, chain=environment.chain, further_types=further_types),
+    )
+    return facts, journal

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import re
+import random
 from dataclasses import dataclass, replace
 
-from torch.distributed import DistError
-
 from hpc_resume.config import Config
-from hpc_resume.errors import (
-    EXIT_CONTINUE,
-    EXIT_FAILED,
-    HpcResumeError,
-    RendezvousError,
-    SaveError,
-    SchedulerError,
-)
+from hpc_resume.errors import EXIT_CONTINUE, EXIT_FAILED, SchedulerError
 from hpc_resume.files import Clock, JsonObject
 from hpc_resume.journal import Journal
-from hpc_resume.scheduler.base import Scheduler
-from hpc_resume.scheduler.cause import Cause, Verdict, classify
+from hpc_resume.policy.decision import Decision
+from hpc_resume.policy.retry import PastAttempt, avoid, decide, in_vain, why_spent
+from hpc_resume.run.attempt import AttemptFacts
+from hpc_resume.run.continuation import Continuation
+from hpc_resume.run.fault import Fault
+from hpc_resume.run.peers import Peers
+from hpc_resume.scheduler.base import UNKNOWN, Scheduler
+from hpc_resume.scheduler.cause import CERTAIN, Cause, Verdict, classify
 from hpc_resume.scheduler.environment import JobEnvironment
 
 
@@ -29,73 +26,61 @@ class Ending:
 
     Parameters
     ----------
-    cause
+    verdict
         Why it ended.
     decision
         ``"continue"``, ``"stop"`` or ``"done"``.
     why
-        In words.
+        In words: the cause, what was decided and why, and how the run goes on.
     exit_code
         What every rank leaves with.
+    how
+        How the run goes on, as it was decided.
     """
 
-    cause: Cause
+    verdict: Verdict
     decision: str
     why: str
     exit_code: int
+    how: Decision | None = None
 
     def to_json(self) -> JsonObject:
         """JSON form; the journal's fields."""
-        return {
-            "cause": self.cause.value,
+        record: JsonObject = {
+            "cause": self.verdict.cause.value,
+            "evidence": self.verdict.evidence,
             "decision": self.decision,
             "why": self.why,
             "exit_code": self.exit_code,
         }
-
-
-#: How collectives complain when a peer is gone; gloo raises a plain RuntimeError.
-_PEER_IS_GONE = re.compile(r"gloo|NCCL|Connection (closed|reset)")
-
-
-def after_crash(error: Exception, *, restartable: bool, under_way: bool) -> int:
-    """Tell what an exception means for the run, as an exit code.
-
-    Parameters
-    ----------
-    error
-        What was raised out of the run.
-    restartable
-        Whether anybody is there to start it again.
-    under_way
-        Whether this attempt had completed a step. An exception before that is taken for a mistake in the
-        script, which every further attempt would repeat.
-    """
-    if isinstance(error, HpcResumeError) and not isinstance(error, RendezvousError | SaveError):
-        return error.exit_code
-    if not restartable:
-        return EXIT_FAILED
-    return EXIT_CONTINUE if lost_a_peer(error) or under_way else EXIT_FAILED
-
-
-def lost_a_peer(error: Exception) -> bool:
-    """Whether an exception says that another rank is gone."""
-    if isinstance(error, HpcResumeError):
-        return isinstance(error, RendezvousError)
-    return isinstance(error, DistError) or _PEER_IS_GONE.search(str(error)) is not None
+        if self.verdict.nodes:
+            record["nodes"] = list(self.verdict.nodes)
+        if self.how is not None:
+            record["because"] = self.how.why
+            if self.how.action == "continue":
+                record["delay_s"] = self.how.delay_s
+                record["exclude"] = list(self.how.exclude)
+                record["move_on"] = self.how.move_on
+        return record
 
 
 class LastWord:
-    """Ends an attempt on its rank 0: decides, tells the scheduler, writes the journal.
+    """Ends an attempt on its rank 0: decides, has the run continued or not, writes the journal.
+
+    The other ranks decide alike.
 
     Parameters
     ----------
     environment, scheduler, config
         Of the attempt.
+    continuation
+        How the run goes on; on rank 0.
     clock
         Unix time in seconds.
     journal
         On rank 0; elsewhere nothing is written.
+    facts
+        Who this attempt is, and what came before.
     """
 
     def __init__(
@@ -103,103 +88,201 @@ class LastWord:
         environment: JobEnvironment,
         scheduler: Scheduler,
         config: Config,
+        continuation: Continuation,
         *,
         clock: Clock,
         journal: Journal | None,
+        facts: AttemptFacts,
     ) -> None:
         self._environment = environment
         self._scheduler = scheduler
         self._config = config
+        self._continuation = continuation
         self._clock = clock
         self._journal = journal
-        #: Attempts in a row, up to the one before this, that made no progress.
-        self.idle_before = 0
+        self._facts = facts
 
-    def end(self, verdict: Verdict, *, step: int, progressed: bool, lost: str | None = None) -> Ending:
+    def why_spent(self, first_step: int) -> str | None:
+        """Tell why an attempt that begins at this step must not be tried, or ``None``."""
+        return why_spent(in_vain(self._facts.history.past, first_step), self._config.budget)
+
+    def end(
+        self,
+        verdict: Verdict,
+        *,
+        first_step: int,
+        step: int,
+        progressed: bool,
+        fault: Fault | None = None,
+    ) -> Ending:
         """Decide, tell the scheduler, and write it down.
 
         Parameters
         ----------
         verdict
             Why the attempt ends.
-        step
-            Completed steps.
+        first_step, step
+            Completed steps at its start, and now.
         progressed
             Whether this attempt has saved anything new.
-        lost
-            Why it could not be ended in order, if it could not.
+        fault
+            What went wrong, if something did. All ranks leave by themselves then, so where the launcher acts on
+            exit code 75, the scheduler need not be told in the midst of it.
+        """
+        now = PastAttempt(
+            number=self._facts.number,
+            cause=verdict.cause.value,
+            first_step=first_step,
+            node_type=self._facts.node_type,
+            faulty=verdict.nodes,
+        )
+        decision = decide(
+            now,
+            self._facts.history,
+            self._config.budget,
+            progressed=progressed or self._environment.job_id is None,
+            begun=step > first_step,
+            mistake=fault is not None and fault.mistake,
+            chance=random.random(),  # noqa: S311 - spreads retries, keeps no secret
+        )
+        if self._environment.rank != 0:
+            return _ending(verdict, decision, "")
+        return self.carry_out(verdict, decision, step=step, failing=fault is not None)
+
+    def leave_bad_nodes(self, ranks: dict[str, list[int]] | None, peers: Peers) -> str | None:
+        """Have the run continued elsewhere, before its first step, if these nodes have failed it before.
+
+        Parameters
+        ----------
+        ranks
+            By node; rank 0 alone knows, and decides.
+        peers
+            The other ranks.
+
+        Returns
+        -------
+        str or None
+            Why all ranks leave now; ``None`` if they stay.
+        """
+        decision = None
+        if ranks is not None and self._environment.kind == "slurm":  # elsewhere there are no other nodes
+            decision = avoid(tuple(ranks), self._facts.history, self._config.budget)
+        why: str | None = peers.share("avoid", decision and decision.why)
+        if decision is not None:
+            evidence = f"the attempt was started on {', '.join(ranks or ())}"
+            self.carry_out(Verdict(cause=Cause.BAD_NODE, evidence=evidence), decision, step=0)
+        return why
+
+    def carry_out(self, verdict: Verdict, decision: Decision, *, step: int, failing: bool = False) -> Ending:
+        """Tell the scheduler what was decided, and write it down.
+
+        Parameters
+        ----------
+        verdict
+            Why the attempt ends.
+        decision
+            How the run goes on.
+        step
+            Completed steps.
+        failing
+            All ranks leave by themselves.
         """
         ending = end_attempt(
             verdict,
+            decision,
             self._scheduler,
+            self._continuation,
             own_restarts=self._environment.restart_count,
             warning_lead_s=self._config.warning_lead_s,
             now_s=self._clock(),
-            idle=self._idle(progressed),
-            max_idle=self._config.budget.max_idle,
-            exit_code_suffices=verdict.cause is Cause.CRASH and self._environment.launcher_requeues,
+            exit_code_suffices=failing and self._environment.launcher_requeues,
         )
-        if lost is not None:
-            ending = replace(ending, why=f"{lost}; {ending.why}")
         self.write(ending, step=step)
         return ending
 
-    def spent(self, progressed: bool) -> bool:
-        """Whether the run will not be continued, because attempts without progress have used up its budget."""
-        return self._idle(progressed) >= self._config.budget.max_idle
+    def fail(self, fault: Fault, *, first_step: int, step: int, progressed: bool) -> int:
+        """End an attempt that fails, and return the exit code; parameters as for :meth:`end`."""
+        verdict = fault.verdict
+        if verdict.cause is Cause.UNKNOWN and self._environment.rank == 0:
+            verdict = self._why_lost(verdict)
+        if fault.exit_code is None and self._environment.job_id is not None:
+            ending = self.end(verdict, first_step=first_step, step=step, progressed=progressed, fault=fault)
+            return ending.exit_code
+        why = (
+            "nobody starts it again by itself"
+            if fault.exit_code is None
+            else "no further attempt would mend it"
+        )
+        ending = _ending(verdict, Decision(action="stop", why=why), "")
+        ending = replace(ending, exit_code=fault.exit_code or EXIT_FAILED)
+        self.write(ending, step=step, fenced=fault.fenced)
+        return ending.exit_code
 
-    def _idle(self, progressed: bool) -> int:
-        return 0 if progressed or self._environment.job_id is None else self.idle_before + 1
+    def _why_lost(self, verdict: Verdict) -> Verdict:
+        """Ask the scheduler why a peer was lost; only what it says for certain counts."""
+        facts = self._scheduler.facts()
+        if facts.state == UNKNOWN:
+            return verdict
+        again = classify(
+            "no signal",
+            facts,
+            own_restarts=self._environment.restart_count,
+            now_s=self._clock(),
+            warning_lead_s=self._config.warning_lead_s,
+        )
+        if again.cause not in CERTAIN:
+            return verdict
+        return replace(again, evidence=f"{verdict.evidence}; {again.evidence}")
 
-    def write(self, ending: Ending, *, step: int) -> None:
-        """Write an ending that was decided elsewhere."""
+    def note(self, cause: Cause, decision: str, why: str, *, step: int, exit_code: int) -> None:
+        """Write an ending that needed no decision."""
+        verdict = Verdict(cause=cause, evidence=why)
+        self.write(Ending(verdict=verdict, decision=decision, why=why, exit_code=exit_code), step=step)
+
+    def write(self, ending: Ending, *, step: int, fenced: bool = False) -> None:
+        """Write an ending; on rank 0 nothing comes after one that is none to go on, unless it has come already."""
         if self._journal is not None:
+            if ending.decision != "continue" and not fenced:
+                self._continuation.end(ending.why)
             self._journal.event("ended", durable=True, step=step, **ending.to_json())
 
 
 def end_attempt(
     verdict: Verdict,
+    decision: Decision,
     scheduler: Scheduler,
+    continuation: Continuation,
     *,
     own_restarts: int,
     warning_lead_s: float,
     now_s: float,
-    idle: int,
-    max_idle: int,
     exit_code_suffices: bool,
 ) -> Ending:
-    """Decide whether the run goes on, and tell the scheduler.
+    """Have a decision carried out.
 
     Parameters
     ----------
     verdict
         Why the attempt ends, as judged when the signal came.
+    decision
+        How the run goes on.
     scheduler
         Of this job.
+    continuation
+        Who has it go on.
     own_restarts, warning_lead_s, now_s
         For judging anew if the scheduler refuses.
-    idle
-        Attempts in a row without progress, this one included.
-    max_idle
-        How many there may be.
     exit_code_suffices
         The launcher acts on exit code 75, and this process need not call the scheduler itself.
     """
-    if verdict.cause is Cause.CANCEL:
-        return _stop(Cause.CANCEL, f"a person cancelled it ({verdict.evidence})")
-    if idle >= max_idle:
-        return _stop(
-            Cause.NO_PROGRESS,
-            f"no progress in {idle} attempts in a row (the last one ended by {verdict.cause.value}): "
-            "something fails every time; read the log of the last attempt, and submit again when it is mended",
-        )
-    why = f"{verdict.cause.value} ({verdict.evidence})"
-    if verdict.already_requeued:
-        return _continue(verdict.cause, f"{why}; the scheduler has requeued it")
-    if exit_code_suffices:
-        return _continue(verdict.cause, f"{why}; the launcher continues it on exit code {EXIT_CONTINUE}")
+    if decision.action == "stop":
+        return _ending(verdict, decision, "")
     try:
-        requeued = scheduler.requeue()
+        how = (
+            continuation.leave(decision)
+            if exit_code_suffices
+            else continuation.go_on(decision, already=verdict.already_requeued)
+        )
     except SchedulerError as error:
         # Saving took its time: somebody may have cancelled the job meanwhile.
         again = classify(
@@ -210,17 +293,18 @@ def end_attempt(
             warning_lead_s=warning_lead_s,
         )
         if again.cause is Cause.CANCEL:
-            return _stop(Cause.CANCEL, f"a person cancelled it while it was saving ({again.evidence})")
-        return _continue(
-            verdict.cause, f"{why}; not requeued from here ({error}), left to exit code {EXIT_CONTINUE}"
-        )
-    how = "requeued" if requeued else f"left to exit code {EXIT_CONTINUE}"
-    return _continue(verdict.cause, f"{why}; {how}")
+            stop = Decision(action="stop", why="a person cancelled it while it was saving")
+            return _ending(again, stop, "")
+        how = f"not requeued from here ({error}), left to exit code {EXIT_CONTINUE}"
+    return _ending(verdict, decision, how)
 
 
-def _stop(cause: Cause, why: str) -> Ending:
-    return Ending(cause=cause, decision="stop", why=why, exit_code=EXIT_FAILED)
-
-
-def _continue(cause: Cause, why: str) -> Ending:
-    return Ending(cause=cause, decision="continue", why=why, exit_code=EXIT_CONTINUE)
+def _ending(verdict: Verdict, decision: Decision, done: str) -> Ending:
+    why = f"{verdict.cause.value} ({verdict.evidence}); {decision.why}"
+    return Ending(
+        verdict=verdict,
+        decision=decision.action,
+        why=f"{why}; {done}" if done else why,
+        exit_code=EXIT_CONTINUE if decision.action == "continue" else EXIT_FAILED,
+        how=decision,
+    )

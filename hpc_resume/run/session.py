@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -18,7 +17,6 @@ from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.config import Config
 from hpc_resume.errors import (
     EXIT_CONTINUE,
-    EXIT_FAILED,
     BudgetSpent,
     HpcResumeError,
     Interrupted,
@@ -28,8 +26,11 @@ from hpc_resume.errors import (
 from hpc_resume.files import Clock
 from hpc_resume.journal import Journal
 from hpc_resume.run import generators
-from hpc_resume.run.attempt import AttemptFacts, begin_attempt, idle_before
-from hpc_resume.run.ending import Ending, LastWord, after_crash, lost_a_peer
+from hpc_resume.run.attempt import AttemptFacts, begin_attempt
+from hpc_resume.run.continuation import choose
+from hpc_resume.run.ending import Ending, LastWord
+from hpc_resume.run.fault import Faults, summary
+from hpc_resume.run.memory import OomKills
 from hpc_resume.run.metrics import Metrics
 from hpc_resume.run.peers import join
 from hpc_resume.run.restoring import restore_newest
@@ -48,8 +49,6 @@ _LEAVE_S = 90.0
 _DRAIN_S = 60.0
 #: A rank that gives up leaves rank 0 this long for its last word: once it exits, the launcher ends the rest.
 _HEAD_START_S = 10.0
-#: A rank that crashes by itself tells why within this; one that was killed never does.
-_CAUSE_S = 1.0
 
 
 class Session:
@@ -97,6 +96,11 @@ class Session:
         )
         self._journal: Journal | None = None
         self._last_word: LastWord | None = None
+        self._oom_kills = OomKills.read()
+        self._faults: Faults | None = None
+        self._reached = False
+        #: Held, for good, by who has the last word: the loop, a crash, or the watchdog.
+        self._ending = threading.Lock()
         self._own_group = False
         self._noted = 0.0
 
@@ -110,11 +114,20 @@ class Session:
                 torch.cuda.set_device(device)
             generators.seed_all(self.config.seed)
             self.peers, facts = join(self.environment, self.directory.root, self._claim)
-            self.facts = AttemptFacts(**facts)
+            self._know(AttemptFacts.from_json(facts))
+            folder = self.directory.attempt(self.facts.number)
+            self._faults = Faults(self.environment, self.peers, folder, self._oom_kills)
+            ranks = self._faults.meet()
+            self._note("met", ranks=ranks)
+            assert self._last_word is not None
+            if (why := self._last_word.leave_bad_nodes(ranks, self.peers)) is not None:
+                self._part()
+                raise Interrupted(why)
+            if self._journal is not None and (how := self._continuation.prepare()):
+                self._note("provided", how=how)
             self._own_group = self.peers.start_process_group()
             self.stopping.join(self.peers, self._journal)
-            metrics = self.directory.attempt(self.facts.number) / f"metrics-rank-{self.rank:05d}.jsonl"
-            self.metrics = Metrics(metrics, clock=self._clock)
+            self.metrics = Metrics(folder / f"metrics-rank-{self.rank:05d}.jsonl", clock=self._clock)
             self.saver = Saver(
                 self.directory,
                 self.facts,
@@ -125,25 +138,42 @@ class Session:
                 self._journal,
                 self.say,
             )
-            self._last_word = LastWord(
-                self.environment, self._scheduler, self.config, clock=self._clock, journal=self._journal
-            )
         except BaseException as error:
             self.stopping.abandon()
             if isinstance(error, RendezvousError) and self.environment.job_id is not None:
                 sys.stderr.write(f"hpc_resume: {error}\n")
+                if self.rank == 0 and self._last_word is not None:
+                    ending = self._end(Verdict(cause=Cause.HANG, evidence=f"the ranks did not meet: {error}"))
+                    if ending.decision == "stop":
+                        raise SystemExit(ending.exit_code) from None
                 raise Interrupted(str(error)) from None  # another allocation may have better luck
             raise
 
     def _claim(self) -> dict[str, Any]:
         """On rank 0: claim the attempt, before the others hear of it."""
-        node = self.environment.node
-        # The scheduler first: what the launcher says may be what was asked for before a requeue elsewhere.
-        node_type = self._scheduler.node_type(node) or self.environment.node_type
         facts, self._journal = begin_attempt(
-            self.directory, self.environment, node_type, self.config, nodes=[node], clock=self._clock
+            self.directory,
+            self.environment,
+            self._scheduler,
+            self.config,
+            nodes=[self.environment.node],
+            clock=self._clock,
         )
-        return {"number": facts.number, "run_id": facts.run_id, "node_type": facts.node_type}
+        self._know(facts)
+        return facts.to_json()
+
+    def _know(self, facts: AttemptFacts) -> None:
+        self.facts = facts
+        self._continuation = choose(self.config, self.environment, self._scheduler, self.directory)
+        self._last_word = LastWord(
+            self.environment,
+            self._scheduler,
+            self.config,
+            self._continuation,
+            clock=self._clock,
+            journal=self._journal,
+            facts=facts,
+        )
 
     def restore(self, state: TrackedState) -> None:
         """Restore the newest checkpoint that is whole, and begin to take part in agreements."""
@@ -169,21 +199,13 @@ class Session:
             saved_on = restored.manifest.world_size
             self.say(f"{place}: restored step {self.step} ({restored.name}, saved on {_ranks(saved_on)})")
             self._note("restored", checkpoint=restored.name, step=self.step, saved_world_size=saved_on)
-        idle = 0
-        if self.rank == 0:
-            idle = idle_before(self.directory, self.facts.number, self.environment.job_id, self.step)
-        self._check_budget(self.peers.share("idle", idle))
-        self.stopping.start(self.step)
-
-    def _check_budget(self, idle: int) -> None:
         assert self._last_word is not None
-        self._last_word.idle_before = idle
-        if idle >= self.config.budget.max_idle:
+        if (spent := self._last_word.why_spent(self.step)) is not None:
             raise BudgetSpent(
-                f"{self.directory.root}: {idle} attempts in a row began at step {self.step} and saved nothing "
-                "new, so this one is not tried; read the log of the last attempt, and submit again when it is "
-                "mended"
+                f"{self.directory.root}: {spent}, all of which began at step {self.step}, so this attempt is not tried; read "
+                "the log of the last attempt, and submit again when it is mended"
             )
+        self.stopping.start(self.step)
 
     # ---------------------------------------------------------------- between steps
 
@@ -236,10 +258,12 @@ class Session:
 
     def _stop(self, state: TrackedState, samples: int) -> NoReturn:
         """Save at the agreed step, have the run continued, and leave."""
+        self._reached = True
         self._note("stop_agreed", step=self.step)
         left_s = self.stopping.reached()
         if self.step > self.first_step:
             self.save(state, samples, "stop", wait=True, left_s=left_s)
+        self._ending.acquire()
         if self.rank == 0:
             ending = self._end(self.stopping.verdict()).to_json()
             self.peers.share("ending", ending)
@@ -256,7 +280,8 @@ class Session:
         """Write that the run is done."""
         self.metrics.flush()
         self.saver.poll()
-        self._write(Cause.DONE, "done", "all steps are done", 0)
+        assert self._last_word is not None
+        self._last_word.note(Cause.DONE, "done", "all steps are done", step=self.step, exit_code=0)
         self.say(f"done: step {self.step}")
         self._part()
         self.stopping.close(last_word=False)
@@ -281,45 +306,30 @@ class Session:
         """
         with contextlib.suppress(Exception):  # reading a tensor of a GPU that has failed fails, too
             self.metrics.flush()
-        ours = isinstance(error, HpcResumeError)
-        summary = str(error) if ours else traceback.format_exception_only(type(error), error)[-1].strip()
-        restartable = self.environment.job_id is not None
-        code = after_crash(error, restartable=restartable, under_way=self.step > self.first_step)
-        code, summary = self._first_cause(error, code, summary)
+        assert self._faults is not None
+        fault = self._faults.of(error, begun=self.step > self.first_step)
         self.saver.drain(_DRAIN_S)
+        self._ending.acquire()
         assert self._last_word is not None
-        if self.rank != 0:
-            if code == EXIT_CONTINUE and self._last_word.spent(self._progressed):
-                code = EXIT_FAILED  # as rank 0 decides: one rank's 75 would have the run continued
-        elif code == EXIT_CONTINUE:
-            code = self._end(Verdict(cause=Cause.CRASH, evidence=summary)).exit_code
-        else:
-            spent = isinstance(error, BudgetSpent)
-            self._write(Cause.NO_PROGRESS if spent else Cause.CRASH, "stop", summary, code)
-        self.stopping.abandon(last_word=code == EXIT_CONTINUE)
+        code = self._last_word.fail(
+            fault, first_step=self.first_step, step=self.step, progressed=self._progressed
+        )
+        self._faults.leave()
+        self.stopping.abandon(last_word=True)
         self.shut_down(destroy=False)
         if code == EXIT_CONTINUE:
             traceback.print_exception(error)
-            raise Interrupted(f"crashed and is continued: {summary}") from None
+            raise Interrupted(f"crashed and is continued: {summary(error)}") from None
         if isinstance(error, HpcResumeError) and not isinstance(error, RendezvousError | SaveError):
             sys.stderr.write(f"hpc_resume: {error}\n")
             raise SystemExit(code) from None
 
-    def _first_cause(self, error: Exception, code: int, summary: str) -> tuple[int, str]:
-        """Tell rank 0 why this rank crashes; or, on rank 0 that only lost a peer, take the peer's word for it."""
-        with contextlib.suppress(
-            Exception
-        ):  # the store may be gone with rank 0, and a killed rank says nothing
-            if not lost_a_peer(error):
-                self.peers.store.set("crash", json.dumps([code, f"rank {self.rank}: {summary}"]))
-            elif self.rank == 0:
-                code, told = self.peers.get("crash", _CAUSE_S)
-                return code, f"{told}; rank 0: {summary}"
-        return code, summary
-
     def cancel(self) -> None:
         """End an attempt that somebody broke off at the keyboard, in a hurry."""
-        self._write(Cause.CANCEL, "stop", "interrupted from the keyboard", 130)
+        assert self._last_word is not None
+        self._last_word.note(
+            Cause.CANCEL, "stop", "interrupted from the keyboard", step=self.step, exit_code=130
+        )
         self.stopping.abandon()
         self.shut_down(destroy=False)
 
@@ -333,28 +343,29 @@ class Session:
 
     @property
     def _progressed(self) -> bool:
-        return self.saver.committed_step > self.first_step
+        return hasattr(self, "saver") and self.saver.committed_step > self.first_step
 
-    def _end(self, verdict: Verdict, lost: str | None = None) -> Ending:
+    def _end(self, verdict: Verdict) -> Ending:
         assert self._last_word is not None
-        return self._last_word.end(verdict, step=self.step, progressed=self._progressed, lost=lost)
+        return self._last_word.end(
+            verdict, first_step=self.first_step, step=self.step, progressed=self._progressed
+        )
 
     def _give_up(self, verdict: Verdict, reason: str) -> None:
         """Leave without a step boundary, on a thread: the last committed checkpoint is what remains."""
+        if not self._ending.acquire(blocking=False):
+            return  # it ends by another way
         code = EXIT_CONTINUE
         self.say(f"{reason}; leaving, and what was saved before remains")
         if self.rank != 0:
             threading.Event().wait(_HEAD_START_S)
         elif self._last_word is not None:
-            code = self._end(verdict, lost=reason).exit_code
+            if self._faults is not None:
+                verdict = self._faults.behind(verdict, reason, at_boundary=self._reached)
+            code = self._end(verdict).exit_code
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-    def _write(self, cause: Cause, decision: str, why: str, exit_code: int) -> None:
-        ending = Ending(cause=cause, decision=decision, why=why, exit_code=exit_code)
-        assert self._last_word is not None
-        self._last_word.write(ending, step=self.step)
 
     def _note(self, event: str, **fields: Any) -> None:
         if self._journal is not None:

@@ -22,6 +22,9 @@ _VERDICT_S = 30.0
 _FACTS_S = 1.0
 #: A last save gets at least this long, whatever the scheduler says: its end of a job is not to the second.
 _LEAST_SAVE_S = 10.0
+#: Who leaves without the others waits so long for a signal that is just being passed on: it may have to give up by
+#: itself, which takes the time that rank 0 needs for its last word.
+_ABANDON_S = 1.0
 
 
 class Stopping:
@@ -164,7 +167,7 @@ class Stopping:
         """End watching without the other ranks, which may be gone; ``last_word`` as for :meth:`close`."""
         if self._watchdog is not None:
             self._watchdog.cancel()
-        self._watch.stop(ignore=last_word)
+        self._watch.stop(ignore=last_word, patience_s=_ABANDON_S)
 
     # ------------------------------------------------- on the threads
 

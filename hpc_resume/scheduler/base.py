@@ -32,6 +32,8 @@ class JobFacts:
         When the preemption of this attempt began, Unix seconds; ``None`` if it is not being preempted.
     end_time_s
         When the job ends at the latest, Unix seconds.
+    failed_nodes
+        Nodes of the job that are down.
     evidence
         The fields as they were read, or why they could not be.
     """
@@ -41,7 +43,54 @@ class JobFacts:
     restarts: int | None = None
     preempt_time_s: float | None = None
     end_time_s: float | None = None
+    failed_nodes: tuple[str, ...] = ()
     evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whereabouts:
+    """Which job an earlier attempt was of, where it ran, and when.
+
+    Parameters
+    ----------
+    job_id, restart_count
+        Of its job.
+    nodes
+        Its nodes.
+    began_s, last_sign_s
+        Unix times: its start, and when it was last heard of.
+    """
+
+    job_id: str
+    restart_count: int
+    nodes: tuple[str, ...]
+    began_s: float
+    last_sign_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastJob:
+    """What a scheduler says afterwards of an attempt that is over.
+
+    Parameters
+    ----------
+    state
+        Its last state, in Slurm's word; empty if nothing is known.
+    reason
+        Slurm's word, as for :class:`JobFacts`.
+    requeued
+        The scheduler has restarted the job since.
+    failed_nodes
+        Nodes of the attempt that are down, do not respond, or have been booted since.
+    evidence
+        The fields as they were read.
+    """
+
+    state: str = ""
+    reason: str | None = None
+    requeued: bool = False
+    failed_nodes: tuple[str, ...] = ()
+    evidence: str = ""
 
 
 class Scheduler(Protocol):
@@ -71,6 +120,10 @@ class Scheduler(Protocol):
         """Name the kind of a node, such as ``"main/a100"``; ``None`` if nothing is known."""
         ...
 
+    def look_back(self, past: Whereabouts) -> PastJob:
+        """Look an earlier attempt up, of this job or of one before it; never raises."""
+        ...
+
 
 class NoScheduler:
     """Stands in where no scheduler is: plain ``python``, ``torchrun`` by hand."""
@@ -86,3 +139,7 @@ class NoScheduler:
     def node_type(self, node: str) -> str | None:  # noqa: ARG002 - the protocol's signature
         """Return ``None``."""
         return None
+
+    def look_back(self, past: Whereabouts) -> PastJob:  # noqa: ARG002 - as above
+        """Know nothing."""
+        return PastJob()

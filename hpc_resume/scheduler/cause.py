@@ -28,7 +28,13 @@ class Cause(str, Enum):
     REQUEUE = "requeue"
     CANCEL = "cancel"
     NODE_FAILURE = "node_failure"
+    #: It was started on a node that had failed the run before, and left at once.
+    BAD_NODE = "bad_node"
+    #: A rank raised an exception, or died.
     CRASH = "crash"
+    OUT_OF_MEMORY = "out_of_memory"
+    #: No step boundary came, or ranks did not answer, though nothing says that they died.
+    HANG = "hang"
     #: A bare signal: from a person, or because another rank died.
     SIGNAL = "signal"
     DONE = "done"
@@ -41,7 +47,7 @@ _REASONS = {
     "TimeLimit": Cause.TIME_LIMIT,
     "NodeDown": Cause.NODE_FAILURE,
     "NodeFail": Cause.NODE_FAILURE,
-    "OutOfMemory": Cause.CRASH,
+    "OutOfMemory": Cause.OUT_OF_MEMORY,
     "NonZeroExitCode": Cause.CRASH,
     "RaisedSignal": Cause.CRASH,
 }
@@ -50,7 +56,7 @@ _STATES = {
     "PREEMPTED": Cause.PREEMPTION,
     "NODE_FAIL": Cause.NODE_FAILURE,
     "BOOT_FAIL": Cause.NODE_FAILURE,
-    "OUT_OF_MEMORY": Cause.CRASH,
+    "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY,
     "FAILED": Cause.CRASH,
 }
 
@@ -67,11 +73,20 @@ class Verdict:
         The scheduler runs the job again by itself: save and leave, ask for nothing.
     evidence
         What it was concluded from, for the journal.
+    nodes
+        Those that failed, or on which a rank did.
     """
 
     cause: Cause
     already_requeued: bool = False
     evidence: str
+    nodes: tuple[str, ...] = ()
+
+
+#: What a scheduler says for certain; whatever else is seen then is a consequence of it.
+CERTAIN = frozenset(
+    {Cause.TIME_LIMIT, Cause.PREEMPTION, Cause.REQUEUE, Cause.CANCEL, Cause.NODE_FAILURE, Cause.OUT_OF_MEMORY}
+)
 
 
 def classify(
@@ -104,7 +119,17 @@ def classify(
         cause, why = _alive_rule(facts, warned=warned, now_s=now_s, warning_lead_s=warning_lead_s)
     else:
         cause, why = _ending_rule(facts)
-    return Verdict(cause=cause, already_requeued=requeued, evidence=f"{signal_name}; {facts.evidence}: {why}")
+    return Verdict(
+        cause=cause,
+        already_requeued=requeued,
+        evidence=f"{signal_name}; {facts.evidence}: {why}",
+        nodes=facts.failed_nodes if cause is Cause.NODE_FAILURE else (),
+    )
+
+
+def cause_of_end(state: str, reason: str | None) -> Cause | None:
+    """Tell the cause from what a scheduler says of a job that is being ended or over; ``None`` if it says none."""
+    return _REASONS.get(reason or "") or _STATES.get(state)
 
 
 def _blind_rule(facts: JobFacts, *, warned: bool) -> tuple[Cause, str]:
@@ -133,7 +158,9 @@ def _alive_rule(facts: JobFacts, *, warned: bool, now_s: float, warning_lead_s: 
 
 
 def _ending_rule(facts: JobFacts) -> tuple[Cause, str]:
-    cause = _REASONS.get(facts.reason or "") or _STATES.get(facts.state)
+    if facts.preempt_time_s is not None:
+        return Cause.PREEMPTION, "preempted, and not requeued by Slurm"
+    cause = cause_of_end(facts.state, facts.reason)
     if cause is not None:
         return cause, "the job is being ended"
     return Cause.CANCEL, "the job is being ended, and nothing but a cancel explains it"

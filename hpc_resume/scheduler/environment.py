@@ -29,6 +29,8 @@ class JobEnvironment:
         ``"plain"``.
     job_id
         ``"123"``, or ``"120_3"`` for an element of a job array; ``None`` where there is no job.
+    chain
+        Id of the first of the jobs that go on from each other; the job's own where it goes on by itself.
     restart_count
         How often this job was restarted under the same id.
     rank, world_size, local_rank, local_world_size
@@ -49,6 +51,7 @@ class JobEnvironment:
 
     kind: str
     job_id: str | None
+    chain: str | None
     restart_count: int
     rank: int
     world_size: int
@@ -90,6 +93,7 @@ class JobEnvironment:
         return cls(
             kind=kind,
             job_id=job.job_id,
+            chain=environ.get("HPC_RESUME_CHAIN") or job.job_id,
             restart_count=job.restart_count,
             rank=ranks.rank,
             world_size=ranks.world_size,

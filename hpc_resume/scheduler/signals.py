@@ -33,7 +33,7 @@ class SignalWatch:
         self._on_signal = on_signal
         self._previous: dict[signal.Signals, Any] = {}
         self._interrupts = 0
-        self._pipe: tuple[int, int] | None = None
+        self._write_fd: int | None = None
         self._previous_fd = -1
         self._thread: threading.Thread | None = None
 
@@ -49,15 +49,17 @@ class SignalWatch:
             return False
         read_fd, write_fd = os.pipe()
         os.set_blocking(write_fd, False)
-        self._pipe = (read_fd, write_fd)
-        self._thread = threading.Thread(target=self._listen, name="hpc-resume-signals", daemon=True)
+        self._write_fd = write_fd
+        self._thread = threading.Thread(
+            target=self._listen, args=(read_fd,), name="hpc-resume-signals", daemon=True
+        )
         self._thread.start()
         self._previous_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         for number in WATCHED:
             self._previous[number] = signal.signal(number, self._record)
         return True
 
-    def stop(self, *, ignore: bool = False) -> None:
+    def stop(self, *, ignore: bool = False, patience_s: float | None = None) -> None:
         """End the watch.
 
         Parameters
@@ -65,19 +67,19 @@ class SignalWatch:
         ignore
             Leave the watched signals ignored instead of as they were before: this process has said its last
             word and must not be killed between it and its exit code.
+        patience_s
+            How long to wait for a call that is under way; None: until it has returned.
         """
-        if self._pipe is None:
+        if self._write_fd is None:
             return
         for number, previous in self._previous.items():
             keep = signal.SIG_DFL if previous is None else previous
             signal.signal(number, signal.SIG_IGN if ignore else keep)
         signal.set_wakeup_fd(self._previous_fd)
-        read_fd, write_fd = self._pipe
-        self._pipe = None
-        os.close(write_fd)  # the thread reads the end of the pipe and leaves
+        os.close(self._write_fd)  # the thread reads the end of the pipe and leaves
+        self._write_fd = None
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-        os.close(read_fd)
+            self._thread.join(patience_s)
 
     def _record(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - Python's signature
         # The C handler has written the number already; here only impatience is noted.
@@ -86,10 +88,9 @@ class SignalWatch:
             if self._interrupts > 1:
                 raise KeyboardInterrupt
 
-    def _listen(self) -> None:
-        assert self._pipe is not None
-        read_fd = self._pipe[0]
-        while data := os.read(read_fd, 64):
-            for number in data:
-                if number in WATCHED:
-                    self._on_signal(signal.Signals(number).name)
+    def _listen(self, read_fd: int) -> None:
+        with os.fdopen(read_fd, "rb", buffering=0) as pipe:
+            while data := pipe.read(64):
+                for number in data:
+                    if number in WATCHED:
+                        self._on_signal(signal.Signals(number).name)

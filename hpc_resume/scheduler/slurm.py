@@ -8,41 +8,20 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import re
-import subprocess
-from collections.abc import Sequence
-from functools import partial
-
-import stamina
+from collections.abc import Mapping
 
 from hpc_resume.errors import SchedulerError
-from hpc_resume.scheduler.base import ALIVE, UNKNOWN, JobFacts
-from hpc_resume.scheduler.command import Completed, Runner, run_command
-
-#: One command; slurmctld answers in 10-100 ms, but under load it takes its time.
-_COMMAND_TIMEOUT_S = 10.0
-#: All tries of one question. KillWait, the time to answer in, is 30 s by default.
-_TOTAL_TIMEOUT_S = 20.0
-_ATTEMPTS = 4
+from hpc_resume.scheduler.base import ALIVE, UNKNOWN, JobFacts, PastJob, Whereabouts
+from hpc_resume.scheduler.client import FINAL, SlurmClient, says
+from hpc_resume.scheduler.command import Runner
+from hpc_resume.scheduler.lookback import failed_nodes, last_state
 
 #: Slurm's answers to a requeue of a job that has been requeued (measured; the wording differs by version).
 _PENDING_ALREADY = ("already pending", "pending execution", "already requeued")
-#: Answers that no second try changes.
-_FINAL = (
-    "invalid job id",
-    "access/permission denied",
-    "invalid user id",
-    "presently disabled",
-    "not supported",
-    "can not be requeued",
-)
 #: A requeue continues a job in these states, or one that is being ended for these reasons. In any other it
 #: would undo what a person did.
 _REQUEUE_STATES = ALIVE | {"PENDING"}
 _REQUEUE_REASONS = frozenset({"TimeLimit", "NodeDown", "NodeFail"})
-
-
-class _TryAgainError(Exception):
-    """The command failed in a way that may pass."""
 
 
 class SlurmScheduler:
@@ -75,8 +54,7 @@ class SlurmScheduler:
         self._own_restarts = own_restarts
         self._partition = partition
         self._nodes = nodes
-        # Unix seconds instead of local time, which is ambiguous once a year.
-        self._run: Runner = runner or partial(run_command, environ={"SLURM_TIME_FORMAT": "%s"})
+        self._client = SlurmClient(runner)
 
     def facts(self) -> JobFacts:
         """Look the job up; a lookup that fails gives the state ``UNKNOWN`` and the reason as evidence."""
@@ -107,13 +85,15 @@ class SlurmScheduler:
             return False
         if facts.restarts is not None and facts.restarts > self._own_restarts:
             return True
-        if facts.state not in _REQUEUE_STATES and facts.reason not in _REQUEUE_REASONS:
+        ours = facts.state in _REQUEUE_STATES or facts.reason in _REQUEUE_REASONS
+        # A preempted job shows its PreemptTime for as long as Slurm does not requeue it by itself (measured).
+        if not ours and facts.preempt_time_s is None:
             raise SchedulerError(
                 f"job {self.job_id}: not requeued, because it is being ended ({facts.evidence}); "
                 "if nobody cancelled it, submit it again: it continues from its last checkpoint"
             )
-        done = self._retry(["scontrol", "requeue", self.job_id], final=(*_FINAL, *_PENDING_ALREADY))
-        if done.code == 0 or _says(done, _PENDING_ALREADY):
+        done = self._client.retry(["scontrol", "requeue", self.job_id], final=(*FINAL, *_PENDING_ALREADY))
+        if done.code == 0 or says(done, _PENDING_ALREADY):
             return True
         raise SchedulerError(
             f"job {self.job_id}: scontrol requeue was refused: {done.complaint}; "
@@ -121,18 +101,58 @@ class SlurmScheduler:
             "it continues from its last checkpoint"
         )
 
+    def change(self, fields: Mapping[str, str]) -> None:
+        """Change what the job asks for, while it waits in the queue.
+
+        Parameters
+        ----------
+        fields
+            As ``scontrol update`` calls them. Slurm accepts what it can never schedule, too.
+
+        Raises
+        ------
+        SchedulerError
+            If Slurm refuses.
+        """
+        words = ["scontrol", "update", f"JobId={self.job_id}"]
+        words += [f"{name}={value}" for name, value in fields.items()]
+        try:
+            done = self._client.retry(words, final=FINAL)
+        except FileNotFoundError:
+            raise SchedulerError(f"job {self.job_id}: there is no scontrol here") from None
+        if done.code != 0:
+            raise SchedulerError(f"job {self.job_id}: {' '.join(words[3:])} was refused: {done.complaint}")
+
     def node_type(self, node: str) -> str | None:
         """Name a node by its partition and features: ``"main/a100"``.
 
         Where the site sets no features, its GPUs name it: ``"main/gpu:a100"``.
         """
         try:
-            text = self._ask(["scontrol", "show", "node", node], expect="NodeName=")
+            text = self._client.ask(["scontrol", "show", "node", node], expect="NodeName=")
         except (SchedulerError, FileNotFoundError):
             return self._partition
         features = _field(text, "ActiveFeatures") or _field(text, "AvailableFeatures")
         kind = features or _gpu_kind(_field(text, "Gres"))
         return "/".join(part for part in (self._partition, kind) if part) or None
+
+    def look_back(self, past: Whereabouts) -> PastJob:
+        """Look up what Slurm still knows of an earlier attempt."""
+        try:
+            if past.job_id == self.job_id:
+                found = PastJob(requeued=self._own_restarts > past.restart_count)
+            else:
+                done = self._client.once(["scontrol", "show", "job", past.job_id])
+                job = parse_job(done.out)
+                found = PastJob()
+                if done.code == 0 and job.state not in ALIVE | {UNKNOWN, "PENDING"}:
+                    evidence = f"job {past.job_id}: {job.evidence}"
+                    found = PastJob(state=job.state, reason=job.reason, evidence=evidence)
+            if not found.state:
+                found = last_state(found, past, self._client.once)
+            return failed_nodes(found, past, self._client.once)
+        except FileNotFoundError:
+            return PastJob()
 
     def cancel(self) -> None:
         """End the job, as ``scancel`` does.
@@ -143,7 +163,7 @@ class SlurmScheduler:
             If Slurm refuses.
         """
         try:
-            done = self._retry(["scancel", self.job_id], final=_FINAL)
+            done = self._client.retry(["scancel", self.job_id], final=FINAL)
         except FileNotFoundError:
             raise SchedulerError(
                 f"job {self.job_id}: there is no scancel here; cancel it on a machine where Slurm is installed"
@@ -152,65 +172,29 @@ class SlurmScheduler:
             raise SchedulerError(f"job {self.job_id}: scancel was refused: {done.complaint}")
 
     def _lookup(self) -> JobFacts:
-        return parse_job(self._ask(["scontrol", "show", "job", self.job_id], expect="JobState="))
+        return parse_job(self._client.ask(["scontrol", "show", "job", self.job_id], expect="JobState="))
 
     def _with_why_requeued(self, facts: JobFacts) -> JobFacts:
         """Add why Slurm requeued the job, which ``scontrol show job`` no longer shows (measured)."""
-        done = self._once(["squeue", "--noheader", f"--jobs={self.job_id}", "--Format=PreemptTime:30"])
+        done = self._client.once(["squeue", "--noheader", f"--jobs={self.job_id}", "--Format=PreemptTime:30"])
         preempt_time_s = _unix_time(done.out.strip())
         if preempt_time_s is not None:
             evidence = f"{facts.evidence} PreemptTime={done.out.strip()}"
             return dataclasses.replace(facts, preempt_time_s=preempt_time_s, evidence=evidence)
         if self._nodes:
-            done = self._once(
-                ["sinfo", "--noheader", f"--nodes={self._nodes}", "--states=down,fail", "--format=%N"]
-            )
-            if down := " ".join(done.out.split()):
+            done = self._client.once(
+                [
+                    "sinfo", "--noheader", "--Node", f"--nodes={self._nodes}", "--states=down,fail", "--format=%N"
+                ]
+            )  # fmt: skip
+            if down := tuple(dict.fromkeys(done.out.split())):
                 return dataclasses.replace(
-                    facts, reason="NodeDown", evidence=f"{facts.evidence} ({down} is down)"
+                    facts,
+                    reason="NodeDown",
+                    failed_nodes=down,
+                    evidence=f"{facts.evidence} ({', '.join(down)} down)",
                 )
         return facts
-
-    def _ask(self, words: Sequence[str], *, expect: str) -> str:
-        """Run a query and return its answer; SchedulerError if there is none, FileNotFoundError if no command."""
-        done = self._retry(words, final=_FINAL, expect=expect)
-        if done.code != 0 or expect not in done.out:
-            raise SchedulerError(f"{' '.join(words)}: {done.complaint}")
-        return done.out
-
-    def _retry(self, words: Sequence[str], *, final: Sequence[str], expect: str = "") -> Completed:
-        """Run a command until it succeeds, gives a final answer, or the tries are used up."""
-        last = Completed(code=-1, out="", err="not run")
-        try:
-            for attempt in stamina.retry_context(
-                on=_TryAgainError,
-                attempts=_ATTEMPTS,
-                timeout=_TOTAL_TIMEOUT_S,
-                wait_initial=0.2,
-                wait_max=2.0,
-            ):
-                with attempt:
-                    last = self._once(words)
-                    _check(last, final=final, expect=expect)
-        except _TryAgainError:
-            pass  # the caller reads the last answer
-        return last
-
-    def _once(self, words: Sequence[str]) -> Completed:
-        try:
-            return self._run(words, _COMMAND_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            return Completed(code=-1, out="", err=f"no answer within {_COMMAND_TIMEOUT_S:g} s")
-        except FileNotFoundError:
-            raise
-        except OSError as error:  # no memory or no process left: may pass
-            return Completed(code=-1, out="", err=str(error))
-
-
-def _check(done: Completed, *, final: Sequence[str], expect: str) -> None:
-    """Raise what the retry waits for, unless the command succeeded or gave a final answer."""
-    if (done.code != 0 or expect not in done.out) and not _says(done, final):
-        raise _TryAgainError(done.complaint)
 
 
 def parse_job(text: str) -> JobFacts:
@@ -254,8 +238,3 @@ def _gpu_kind(gres: str | None) -> str | None:
     """``gpu:a100`` from ``gpu:a100:4(S:0-1),craynetwork:2``."""
     match = re.search(r"\bgpu:([A-Za-z]\w*)", gres or "")
     return None if match is None else f"gpu:{match[1]}"
-
-
-def _says(done: Completed, phrases: Sequence[str]) -> bool:
-    complaint = done.err.lower()
-    return done.code != 0 and any(phrase in complaint for phrase in phrases)

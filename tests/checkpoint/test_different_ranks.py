@@ -84,7 +84,7 @@ def test_plain_tensors_that_are_not_the_same_are_refused(tmp_path):
         tmp_path / "module",
         2,
         lambda rank: {"model": Stage(rank)},
-        r"model/layer\.(bias|weight) of rank 1 is not the same as rank 0's, which alone would be stored",
+        r"model/layer\.(bias|weight) of rank 1 is not the same as rank 0's, and of each element only one",
     )
     refused(
         tmp_path / "dict",
@@ -170,3 +170,72 @@ def test_a_rank_outside_the_mesh_is_told(tmp_path):
         return {"model": {"weight": DTensor.from_local(WEIGHT, mesh, [Replicate()], run_check=False)}}
 
     refused(tmp_path, 2, items, r"model/weight: rank 1 has no part in its mesh of ranks \[0\]")
+
+
+def trained(rank, make, *, differing=0.0):
+    """A model under DDP with buffers, and an optimizer that has made a step or two."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.BatchNorm1d(20))
+    model = DistributedDataParallel(net)
+    optimizer = make(net.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+
+        def loss():
+            found = net(torch.ones(4, 30)).square().sum()
+            found.backward()
+            return found
+
+        loss()
+        optimizer.step(loss)
+    for state in optimizer.state.values():
+        if rank and differing and "step" in state:
+            state["step"] += differing
+    return {"model": model, "optimizer": optimizer}
+
+
+def layouts(tmp_path, make, **options):
+    run = make_run(tmp_path)
+    _, manifest = save_as(run, 3, lambda rank: trained(rank, make, **options))
+    return {name: record.layout.ranks for name, record in manifest.tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.AdamW,
+        torch.optim.Adafactor,
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    ],
+)
+def test_all_state_of_parameters_under_ddp_is_replicated_and_buffers_are_rank_zeros(tmp_path, make):
+    found = layouts(tmp_path, make)
+    buffers = {"model/1.running_mean", "model/1.running_var", "model/1.num_batches_tracked"}
+    assert {name for name, ranks in found.items() if ranks == (0,)} == buffers
+    assert {ranks for name, ranks in found.items() if name not in buffers} == {(0, 1, 2)}
+    assert any(name.startswith("optimizer/state/") for name in found)
+
+
+def test_state_of_an_optimizer_that_computes_the_loss_is_rank_zeros(tmp_path):
+    found = layouts(tmp_path, torch.optim.LBFGS)
+    states = {ranks for name, ranks in found.items() if name.startswith("optimizer/")}
+    assert states == {(0,)}
+
+
+def test_an_optimizer_whose_state_is_not_the_same_is_refused(tmp_path):
+    refused(
+        tmp_path,
+        2,
+        lambda rank: trained(rank, torch.optim.AdamW, differing=5),
+        r"optimizer/state/.*/step of rank 1 is not the same as rank 0's",
+    )
+
+
+def test_zero_is_refused_before_training():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    with playing(0, 2):
+        net = torch.nn.Linear(3, 3)
+        optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, lr=1e-3)
+        with pytest.raises(StateError, match=r"track\(optimizer=…\): ZeroRedundancyOptimizer .*fully_shard"):
+            TrackedState({"model": net, "optimizer": optimizer}, rank=0, world_size=2)

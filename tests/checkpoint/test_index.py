@@ -8,7 +8,6 @@ from hpc_resume.checkpoint.blocks import count_checksums
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.index import (
     Entry,
-    Index,
     Run,
     decode_index,
     encode_index,
@@ -60,7 +59,7 @@ def test_indexes_survive_their_bytes(case):
 
 def test_another_box_is_not_found():
     entry = Entry("a", "uint8", (4,), Box((0,), (4,)), (Run(0, 0, 4),))
-    index = Index([entry], bytes(8))
+    index = decode_index(encode_index([entry]), bytes(8), size_bytes=4)
     for name, box in (("a", Box((0,), (3,))), ("a", Box((1,), (3,))), ("b", Box((0,), (4,)))):
         with pytest.raises(IntegrityError, match="is not in its index"):
             index.find(name, box)

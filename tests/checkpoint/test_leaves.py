@@ -4,7 +4,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hpc_resume.checkpoint.leaves import escape, flatten
+from hpc_resume.checkpoint import objects
+from hpc_resume.checkpoint.leaves import flatten
+from hpc_resume.checkpoint.names import escape
 from hpc_resume.errors import StateError
 from tests.checkpoint.fakes import playing
 
@@ -14,7 +16,7 @@ def test_tensors_are_taken_out_under_their_paths():
     tree, leaves = flatten("k", {"x": [a, {"y": b}], 3: (np.arange(2),), "plain": 1})
     assert tree == {
         "$dict": [
-            ["x", [{"$tensor": "k/x/0"}, {"y": {"$tensor": "k/x/1/y"}}]],
+            ["x", [{"$tensor": "k/x/0"}, {"$tensors": ["k/x/1", ["y"]]}]],
             [3, {"$tuple": [{"$ndarray": "k/3/0"}]}],
             ["plain", 1],
         ]
@@ -29,8 +31,29 @@ def test_a_tensor_that_stands_twice_is_stored_once():
     tree, leaves = flatten(
         "k", {"a": weight, "b": weight.detach(), "c": weight.T, "d": weight[:2], "e": weight.clone()}
     )
-    assert tree["b"] == {"$same": ["k/b", "k/a"]}
+    assert tree == {"$tensors": ["k", ["a", ["b", "k/a"], "c", "d", "e"]]}
     assert set(leaves) == {"k/a", "k/c", "k/d", "k/e"}
+    names = {"k/a": "k/a", "k/b": "k/a", "k/c": "k/c", "k/d": "k/d", "k/e": "k/e"}
+    assert list(objects.tensor_names(tree).items()) == list(names.items())
+    tree, _ = flatten("k", {"a": weight, "b": weight.detach(), "number": 1})
+    assert tree == {"a": {"$tensor": "k/a"}, "b": {"$same": ["k/b", "k/a"]}, "number": 1}
+
+
+def test_three_that_are_at_one_place_and_two_of_them_one():
+    weight = torch.ones(3, 2)
+    tree, leaves = flatten("k", {"a": weight[:1], "b": weight, "c": weight.detach(), "d": weight[:1]})
+    assert tree == {"$tensors": ["k", ["a", "b", ["c", "k/b"], ["d", "k/a"]]]}
+    assert set(leaves) == {"k/a", "k/b"}
+
+
+def test_dicts_of_tensors_keep_their_odd_keys():
+    state = {"": torch.ones(1), ".": torch.zeros(1), "a/b%": torch.ones(2)}
+    tree, leaves = flatten("k", state)
+    assert tree == {"$tensors": ["k", ["", ".", "a/b%"]]}
+    assert set(leaves) == {"k/%", "k/%2E", "k/a%2Fb%25"}
+    decoded = objects.decode(objects.parse(objects.dump(tree)), lambda _tag, name: leaves[name])
+    assert list(decoded) == list(state)
+    assert all(decoded[key] is state[key] for key in state)
 
 
 def test_tensors_without_elements_are_not_taken_for_one():

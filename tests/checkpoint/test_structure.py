@@ -104,3 +104,45 @@ def test_pieces_say_where_no_layout_does():
 def test_records_that_cannot_be_are_refused(arguments):
     with pytest.raises(IntegrityError):
         TensorRecord(*arguments)
+
+
+class Counted(dict):
+    """Counts what is looked up; nobody goes through all of it."""
+
+    looked_up = 0
+
+    def __getitem__(self, key):
+        self.looked_up += 1
+        return super().__getitem__(key)
+
+    def items(self):
+        raise AssertionError("all tensors are gone through")
+
+
+def test_what_a_rank_stores_takes_as_long_as_it_is_and_comes_by_name():
+    ranks = tuple(range(100))
+    leader, replicas, rows = (
+        Layout.replicated((0,)),
+        Layout.replicated(ranks),
+        Layout((100,), ranks, ((0, 0),)),
+    )
+    kinds = {"a": (leader, 2000), "b": (replicas, 500), "c": (rows, 50), "d": (replicas, 500)}
+    structure = Structure(
+        {
+            f"{name}{number % 7}/{number}": TensorRecord((100, 40), "float32", layout)
+            for name, (layout, count) in kinds.items()
+            for number in range(count)
+        }
+    )
+    first = list(structure.stored_by(0))
+    structure.tensors = Counted(structure.tensors)
+    for rank in range(1, 100):
+        structure.tensors.looked_up = 0
+        stored = list(structure.stored_by(rank))
+        assert [name for name, _ in stored] == sorted(name for name, _ in stored)
+        assert structure.tensors.looked_up <= 2 * len(stored)
+        assert len(stored) < 100
+    assert len(first) > 2000
+    structure.tensors.looked_up = 0
+    next(structure.stored_by(0))
+    assert structure.tensors.looked_up < 10

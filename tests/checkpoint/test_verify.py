@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from benchmarks.flips import CHAIN, Flipper, make_chain
@@ -15,6 +16,8 @@ from hpc_resume import cli
 from hpc_resume.checkpoint.manifest import MANIFEST, read_manifest
 from hpc_resume.checkpoint.shardfile import ShardFile
 from hpc_resume.checkpoint.verify import verify_run
+from tests.checkpoint.fakes import Part, make_run, save_as
+from tests.hostile.forge import Forge
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -166,3 +169,31 @@ def test_progress_is_shown_on_a_terminal(run):
     assert (done.returncode, json.loads(done.stdout)) == (0, [])
     assert b"verifying" in shown
     assert b"kB" in shown
+
+
+def test_of_very_many_missing_boxes_some_are_told(tmp_path):
+    """A manifest that promises more than its shards hold, in every shard."""
+    run = make_run(tmp_path / "run")
+    save_as(run, 12, lambda rank: {"state": {"w": Part("rows", rank, 12).dtensor(torch.ones(24, 4))}})
+    assert verify_run(run.root) == []
+    forge = Forge(run.root, 1)
+    kind = forge.record["tensors"]["state/w"]
+    forge.record["tensors"] |= {f"state/x{n:05d}": kind for n in range(5_000)}
+    forge.seal()
+    problems = [(finding.path.name, finding.problem) for finding in verify_run(run.root)]
+    assert [name for name, _ in problems[:9]] == ["rank-00000-of-00012.h5"] * 9
+    assert problems[0][1] == "state/x00000: the box at [0, 0] of [2, 4] is not in its index"
+    assert problems[8][1] == "and more boxes are not in its index"
+    assert len(problems) == 8 * 9 + 1
+    assert problems[-1] == (forge.folder.name, "and boxes are missing in 4 more shards")
+
+
+def test_of_very_many_damaged_boxes_some_are_told(tmp_path):
+    run = make_run(tmp_path / "run")
+    save_as(run, 1, lambda rank: {"state": {f"x{n}": torch.ones(8) for n in range(300)}})
+    forge = Forge(run.root, 1)
+    forge.put_index(0, forge.index(0), bytes(len(forge.table(0))))
+    forge.seal()
+    problems = [finding.problem for finding in verify_run(run.root)]
+    assert len(problems) == 101
+    assert problems[-1] == "and 200 more boxes are not what was written"

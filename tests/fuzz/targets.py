@@ -25,6 +25,7 @@ from hpc_resume.checkpoint import objects
 from hpc_resume.checkpoint.blocks import checks, count_checksums, partitions
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.index import Index, decode_index, index_digest
+from hpc_resume.checkpoint.leaves import flatten
 from hpc_resume.checkpoint.manifest import Manifest
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted, tensor_like
 from hpc_resume.checkpoint.saved import load_saved
@@ -38,7 +39,7 @@ from hpc_resume.rundir import RunDirectory
 from hpc_resume.untrusted import parse_json
 from tests.hostile.base import CHANGED, FULL
 from tests.hostile.cases import OBJECTS, index_lies, manifest_lies
-from tests.hostile.forge import Forge, with_content_id
+from tests.hostile.forge import Forge, index_of, with_content_id
 
 #: Lengths of the index and of the table, before both and the tensors' bytes.
 HEAD = struct.Struct("<HH")
@@ -97,7 +98,7 @@ def typed(data: bytes) -> None:
     value = objects.parse(data)
     objects.tensor_names(value)
     decoded = objects.decode(value, _Tensors())
-    objects.dump(objects.encode(decoded, ("x",), _name))
+    objects.dump(flatten("x", decoded)[0])
 
 
 def structure(data: bytes) -> None:
@@ -220,10 +221,6 @@ class _Tensors:
         return np.zeros(1) if tag == "$ndarray" else torch.zeros(1)
 
 
-def _name(value: Any, path: tuple[str, ...]) -> dict[str, Any] | None:
-    return {"$tensor": "/".join(path)} if isinstance(value, torch.Tensor | np.ndarray) else None
-
-
 @cache
 def _folder() -> Path:
     """A folder of a checkpoint, with an older one beside it; in memory where there is such a place."""
@@ -264,10 +261,11 @@ def _template() -> str:
             "costs": {},
             "shards": [shard],
             "layouts": [everybody],
-            "tensors": {
-                "a": {"shape": [4, 3], "dtype": "float32", "layout": 0},
-                "b": {"shape": [300, 128], "dtype": "bfloat16", "layout": 0},
-            },
+            "kinds": [
+                {"shape": [4, 3], "dtype": "float32", "layout": 0},
+                {"shape": [300, 128], "dtype": "bfloat16", "layout": 0},
+            ],
+            "tensors": {"a": 0, "b": 1},
             "objects": {},
         }
     )
@@ -290,16 +288,16 @@ def seeds(name: str, root: Path) -> Iterator[bytes]:
             yield json.dumps(record).encode()[1:]
             yield from (body for _, body in manifest_lies(record) if len(body) < 8000)
         elif name == "structure":
-            kept = {key: record[key] for key in ("world_size", "layouts", "tensors")}
+            kept = {key: record[key] for key in ("world_size", "layouts", "kinds", "tensors")}
             yield json.dumps(kept).encode()
             pieces = [[0, [0, 0], [2, 3]], [1, [2, 0], [1, 3]]]
-            yield json.dumps(
-                {**kept, "tensors": {"p": {"shape": [3, 3], "dtype": "int8", "pieces": pieces}}}
-            ).encode()
+            kind = {"shape": [3, 3], "dtype": "int8", "pieces": pieces}
+            yield json.dumps({**kept, "kinds": [kind], "tensors": {"p": 0}}).encode()
             mesh = {"mesh": [2, 3], "ranks": [[0, 6]], "splits": [[0, 0], [1, 1]]}
-            tensors = {n: {"shape": [100, 900], "dtype": "float32", "layout": n % 2} for n in range(3)}
+            kinds = [{"shape": [100, 900], "dtype": "float32", "layout": n} for n in range(2)]
+            layouts = [mesh, {**mesh, "splits": [[1, 0]]}]
             yield json.dumps(
-                {"world_size": 6, "layouts": [mesh, {**mesh, "splits": [[1, 0]]}], "tensors": tensors}
+                {"world_size": 6, "layouts": layouts, "kinds": kinds, "tensors": {"a": 0, "b": 1, "c": 0}}
             ).encode()
         elif name == "typed":
             yield json.dumps(record["objects"]).encode()
@@ -329,6 +327,6 @@ def seeds(name: str, root: Path) -> Iterator[bytes]:
         cut = partitions([300, 128], Box.whole((300, 128)), 76800)
         parts = [[1, 0, cut[0][1]], [0, 256, 76800 - cut[0][1]]]
         for second in (b, [*b[:5], parts]):
-            index = {"files": [list(OLDER)], "pieces": [a, second, own]}
+            index = index_of([a, second, own], [list(OLDER)])
             table = bytes(8 * (2 + count_checksums(cut)))
             yield pack(json.dumps(index).encode(), table, bytes(range(256)) * 302)

@@ -116,10 +116,22 @@ def test_the_page_tells_the_numbers_of_today():
         f"{index.LONGEST_BYTES // 2**20} MiB",
         f"{index.MAX_FILES} files",
         f"{objects.MAX_DEPTH} deep",
-        *(f"`{tag}`" for tag in (*objects.TENSOR_TAGS, objects.SAME_TAG, *objects._DECODERS)),
+        *(
+            f"`{tag}`"
+            for tag in (*objects.TENSOR_TAGS, objects.SAME_TAG, objects.TENSORS_TAG, *objects._DECODERS)
+        ),
         *(
             f"`{field}`"
-            for field in ("run_id", "refers", "differing_ranks", "missing_ranks", "layouts", "digest", "rest")
+            for field in (
+                "run_id",
+                "refers",
+                "differing_ranks",
+                "missing_ranks",
+                "layouts",
+                "kinds",
+                "digest",
+                "rest",
+            )
         ),
     ):
         assert number in page, number

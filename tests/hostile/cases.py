@@ -17,7 +17,7 @@ import numpy as np
 from hpc_resume.journal import write_line
 from hpc_resume.rundir import sealed
 from tests.hostile.base import CHANGED, FULL
-from tests.hostile.forge import Forge
+from tests.hostile.forge import Forge, Row, index_of, rows_of
 
 #: What is put where there should be something else. JSON text, because not all of it can be made by Python.
 LIES = {
@@ -87,31 +87,34 @@ MANIFEST_FIELDS = [
     ("layouts", 1, "splits", 0, 1),
     ("tensors",),
     ("tensors", "model/up.weight"),
-    ("tensors", "model/up.weight", "shape"),
-    ("tensors", "model/up.weight", "shape", 0),
-    ("tensors", "model/up.weight", "dtype"),
-    ("tensors", "model/up.weight", "layout"),
+    ("kinds",),
+    ("kinds", "model/up.weight"),
+    ("kinds", "model/up.weight", "shape"),
+    ("kinds", "model/up.weight", "shape", 0),
+    ("kinds", "model/up.weight", "dtype"),
+    ("kinds", "model/up.weight", "layout"),
     ("objects",),
     ("objects", "model"),
     ("objects", "optimizer", "param_groups"),
     ("objects", "extra"),
 ]
-#: ... and in the index of a shard; ``pieces`` 0 is whichever comes first.
+#: ... and in the index of a shard.
 INDEX_FIELDS = [
     ("files",),
     ("files", 0),
     ("files", 0, 0),
     ("files", 0, 1),
-    ("pieces",),
-    ("pieces", 0),
-    *((("pieces", 0, part)) for part in range(6)),
-    ("pieces", 0, 2, 0),
-    ("pieces", 0, 3, 0),
-    ("pieces", 0, 4, 0),
-    ("pieces", 0, 5, 0),
-    ("pieces", 0, 5, 0, 0),
-    ("pieces", 0, 5, 0, 1),
-    ("pieces", 0, 5, 0, 2),
+    ("kinds",),
+    ("kinds", 0),
+    *((("kinds", 0, part)) for part in range(4)),
+    ("kinds", 0, 1, 0),
+    ("kinds", 0, 2, 0),
+    ("kinds", 0, 3, 0),
+    *(
+        path
+        for column in ("names", "kind_of", "runs_of", "run_files", "run_offsets", "run_lengths")
+        for path in ((column,), (column, 0))
+    ),
 ]
 #: Typed JSON with the wrong content.
 OBJECTS = {
@@ -130,6 +133,15 @@ OBJECTS = {
     "same-cycle": {"a": {"$same": ["extra/a", "extra/b"]}, "b": {"$same": ["extra/b", "extra/a"]}},
     "same-itself": {"$same": ["extra/a", "extra/a"]},
     "same-short": {"$same": ["extra/a"]},
+    "tensors-dangling": {"$tensors": ["extra", ["nowhere"]]},
+    "tensors-tied-to-nothing": {"$tensors": ["extra", [["np", "extra/nowhere"]]]},
+    "tensors-twice": {"$tensors": ["extra", ["np", "np"]]},
+    "tensors-of-a-tag": {"$tensors": ["extra", ["$tensor"]]},
+    "tensors-nested": {"$tensors": ["extra", [{"$tensor": "extra/np"}]]},
+    "tensors-triple": {"$tensors": ["extra", [["np", "extra/np", 1]]]},
+    "tensors-text": {"$tensors": ["extra", "np"]},
+    "tensors-no-prefix": {"$tensors": [7, ["np"]]},
+    "tensors-list": {"$tensors": []},
     "tensor-dangling": {"$tensor": "extra/nowhere"},
     "tensor-number": {"$tensor": 5},
     "ndarray-of-bf16": {"$ndarray": "model/low"},
@@ -210,8 +222,9 @@ def manifest_lies(record: Any) -> Iterator[tuple[str, bytes]]:
     for path in MANIFEST_FIELDS:
         if path == ("refers", 0) and not record["refers"]:
             continue
+        place = ("kinds", record["tensors"][path[1]], *path[2:]) if path[0] == "kinds" and path[1:] else path
         for what, text in LIES.items():
-            yield f"{_dots(path)}={what}", lie_text(record, path, text)[1:] + b"\n"
+            yield f"{_dots(path)}={what}", lie_text(record, place, text)[1:] + b"\n"
     for what, text in LIES.items():
         yield f"unknown={what}", lie_text({**record, "x": 0}, ("x",), text)[1:]
     for key in record:
@@ -253,7 +266,13 @@ def _sealed(step: int, edit: Callable[[Forge], Any]) -> Callable[[Path], None]:
 
 
 def _recorded(path: tuple[Any, ...], value: Any, step: int = CHANGED) -> Callable[[Path], None]:
-    return _sealed(step, lambda forge: put(forge.record, path, value))
+    """Record a value; a kind is given by the name of a tensor that is of it."""
+
+    def edit(forge: Forge) -> None:
+        place = forge.kind_path(*path[1:]) if path[0] == "kinds" else path
+        put(forge.record, place, value)
+
+    return _sealed(step, edit)
 
 
 def _replace(path: Path, make: Callable[[Path], Any]) -> None:
@@ -311,7 +330,7 @@ def _socket(path: Path) -> None:
 
 
 def _counts() -> Iterator[Case]:
-    layout, tensor = ("layouts", 1), ("tensors", "model/up.weight")
+    layout, tensor = ("layouts", 1), ("kinds", "model/up.weight")
     for name, path, value in (
         ("a-million-ranks", ("world_size",), 10**6),
         ("ranks-beyond", (*layout, "ranks"), [[0, 3]]),
@@ -353,12 +372,13 @@ def _counts() -> Iterator[Case]:
 
     def many_tensors(forge: Forge) -> None:
         one = {"shape": [2**40], "dtype": "uint8", "layout": 0}
-        forge.record["tensors"] = {f"t{n}": one for n in range(2_000)}
+        forge.record["kinds"] = [one]
+        forge.record["tensors"] = {f"t{n}": 0 for n in range(2_000)}
 
     def tangled(forge: Forge) -> None:
         n = 5_000
         pieces = [[0, [0, column], [1, 1]] for column in range(n)]
-        forge.record["tensors"]["model/up.weight"] = {"shape": [1, n], "dtype": "uint8", "pieces": pieces}
+        forge.set_kind("model/up.weight", {"shape": [1, n], "dtype": "uint8", "pieces": pieces})
 
     def pinwheels(forge: Forge) -> None:
         turns = [([0, 0], [1, 2]), ([0, 2], [2, 1]), ([2, 1], [1, 2]), ([1, 0], [2, 1]), ([1, 1], [1, 1])]
@@ -369,22 +389,22 @@ def _counts() -> Iterator[Case]:
             for start, size in turns
         ]
         shape = [60, 60]
-        forge.record["tensors"]["model/up.weight"] = {"shape": shape, "dtype": "uint8", "pieces": pieces}
+        forge.set_kind("model/up.weight", {"shape": shape, "dtype": "uint8", "pieces": pieces})
 
     def steps(forge: Forge) -> None:
         n = 1_500  # a row and a column off, n times over
         pieces = [[0, [i, i], [1, n - i]] for i in range(n)]
         pieces += [[0, [i + 1, i], [n - i - 1, 1]] for i in range(n - 1)]
-        forge.record["tensors"]["model/up.weight"] = {"shape": [n, n], "dtype": "uint8", "pieces": pieces}
+        forge.set_kind("model/up.weight", {"shape": [n, n], "dtype": "uint8", "pieces": pieces})
 
     def overlapping(forge: Forge) -> None:
         pieces = [[0, [0, 0], [384, 128]], [1, [0, 0], [384, 128]]]
-        forge.record["tensors"]["model/up.weight"] = {
-            "shape": [384, 128],
-            "dtype": "float32",
-            "pieces": pieces,
-        }
+        forge.set_kind("model/up.weight", {"shape": [384, 128], "dtype": "float32", "pieces": pieces})
 
+    def many_kinds(forge: Forge) -> None:
+        forge.record["kinds"] += [{"shape": [1] * 60, "dtype": "uint8", "layout": 0}] * 20_000
+
+    yield Case("many-kinds", _sealed(CHANGED, many_kinds), harmless=True)
     for edit in (many_layouts, many_tensors, tangled, pinwheels, steps, overlapping):
         yield Case(edit.__name__.replace("_", "-"), _sealed(CHANGED, edit))
 
@@ -419,11 +439,7 @@ def _bombs() -> Iterator[Case]:
     yield Case("a-key-twice", body(lambda data: data[:-1] + b', "step": 8}'))
     yield Case(
         "a-tensor-twice",
-        body(
-            lambda data: data.replace(
-                b'"tensors": {', b'"tensors": {"model/count": {"shape":[],"dtype":"int64","layout":0}, '
-            )
-        ),
+        body(lambda data: data.replace(b'"tensors": {', b'"tensors": {"model/count": 0, ')),
     )
     yield Case("no-end", body(lambda data: data[:-1]))
     yield Case("more-behind-the-end", body(lambda data: data + b"{}"))
@@ -544,9 +560,7 @@ def _references() -> Iterator[Case]:
 
     def far(forge: Forge) -> None:
         def edit(index: dict) -> None:
-            piece = next(p for p in index["pieces"] if any(run[0] for run in p[5]))
-            run = next(run for run in piece[5] if run[0])
-            run[1] = 2**61
+            index["run_offsets"][next(n for n, file in enumerate(index["run_files"]) if file)] = 2**61
 
         forge.edit_index(0, edit)
 
@@ -563,9 +577,7 @@ def _references() -> Iterator[Case]:
 
 def _forged_shards() -> Iterator[Case]:
     def piece(part: int, value: Any, *, number: int = 0) -> Callable[[Path], None]:
-        return _sealed(
-            FULL, lambda forge: forge.edit_index(0, lambda index: put(index, ("pieces", number, part), value))
-        )
+        return _sealed(FULL, lambda forge: forge.edit_rows(0, lambda rows: put(rows, (number, part), value)))
 
     yield Case("a-run-beyond-the-end", piece(5, [[0, 2**62, 8]]))
     yield Case("a-run-of-a-file-that-is-not-listed", piece(5, [[7, 0, 8]]))
@@ -576,25 +588,21 @@ def _forged_shards() -> Iterator[Case]:
     yield Case("another-shape", piece(2, [7]))
 
     def shared(forge: Forge) -> None:
-        def edit(index: dict) -> None:
-            big = [p for p in index["pieces"] if p[4] and sum(run[2] for run in p[5]) > 4096]
-            big[1][5] = big[0][5]
-            big[1][4], big[1][3], big[1][2] = big[0][4], big[0][3], big[0][2]
+        def edit(rows: list[Row]) -> None:
+            big = [row for row in rows if row[4] and sum(run[2] for run in row[5]) > 4096]
+            big[1][2:] = big[0][2:]
 
-        forge.edit_index(0, edit)
+        forge.edit_rows(0, edit)
 
     yield Case("two-boxes-in-one-place", _sealed(FULL, shared))
 
     def twice(forge: Forge) -> None:
-        forge.edit_index(0, lambda index: index["pieces"].append(index["pieces"][0]))
+        forge.edit_rows(0, lambda rows: rows.append(rows[0]))
 
     yield Case("a-box-twice", _sealed(FULL, twice))
 
     def swapped(forge: Forge) -> None:
-        def edit(index: dict) -> None:
-            index["pieces"].reverse()
-
-        forge.edit_index(0, edit)
+        forge.edit_rows(0, list.reverse)
 
     yield Case("checksums-of-others", _sealed(FULL, swapped))
 
@@ -602,11 +610,28 @@ def _forged_shards() -> Iterator[Case]:
         """Pieces that claim many blocks each, more than there are checksums."""
         table = bytes(8 * 4_000)
         size = 4_000 * 131_072
-        pieces = [[f"t{n}", "uint8", [size + n], [0], [size + n], [[0, 0, size + n]]] for n in range(4_000)]
+        rows = [[f"t{n}", "uint8", [size + n], [0], [size + n], [[0, 0, size + n]]] for n in range(4_000)]
         with forge.path(0).open("r+b") as file:
             file.truncate(1 << 34)
-        forge.put_index(0, {"files": [], "pieces": pieces}, table)
+        forge.put_index(0, index_of(rows), table)
 
+    def wrapping(forge: Forge) -> None:
+        """Runs whose lengths add up to the right one in 64 bits."""
+
+        def edit(rows: list[Row]) -> None:
+            rows[0][5] = [[0, 0, 2**62 - 1]] * 4 + [[0, 0, rows[0][5][0][2] + 4]]
+
+        forge.edit_rows(0, edit)
+
+    yield Case("runs-that-wrap-around", _sealed(FULL, wrapping))
+
+    def crowded(forge: Forge) -> None:
+        """More kinds than boxes."""
+        forge.edit_index(
+            0, lambda index: index["kinds"].extend([["uint8", [1] * 60, [0] * 60, [1] * 60]] * 50_000)
+        )
+
+    yield Case("more-kinds-than-boxes", _sealed(FULL, crowded))
     yield Case("boxes-of-more-blocks-than-checksums", _sealed(FULL, claims))
 
     def holes(forge: Forge) -> None:
@@ -624,7 +649,7 @@ def _forged_shards() -> Iterator[Case]:
             file.truncate(1 << 40)
         forge.record["shards"][0]["size_bytes"] = 1 << 40
         shape = [1 << 24, 1 << 14]
-        forge.record["tensors"]["extra/np"] = {"shape": shape, "dtype": "float32", "layout": 0}
+        forge.set_kind("extra/np", {"shape": shape, "dtype": "float32", "layout": 0})
 
     yield Case("a-tensor-of-a-terabyte", _sealed(FULL, big_hole))
 
@@ -635,9 +660,7 @@ def _forged_shards() -> Iterator[Case]:
     yield Case("another-header", _sealed(FULL, rest))
     yield Case("an-index-that-is-no-json", _sealed(FULL, lambda forge: forge.put_index(0, b"\xff" * 100)))
     yield Case("an-index-90000-deep", _sealed(FULL, lambda forge: forge.put_index(0, b"[" * 90_000)))
-    yield Case(
-        "an-empty-index", _sealed(FULL, lambda forge: forge.put_index(0, {"files": [], "pieces": []}, b""))
-    )
+    yield Case("an-empty-index", _sealed(FULL, lambda forge: forge.put_index(0, index_of([]), b"")))
     yield Case(
         "a-table-cut-off",
         _sealed(FULL, lambda forge: forge.put_index(0, forge.index(0), forge.table(0)[:-3])),
@@ -652,14 +675,14 @@ def _forged_shards() -> Iterator[Case]:
     )
 
     def generators(forge: Forge) -> None:
-        def edit(index: dict) -> None:
-            for entry in index["pieces"]:
-                if entry[0].endswith("rng/torch"):
-                    entry[0] = entry[0].replace("rng/torch", "rng/numpy")
-                elif entry[0].endswith("rng/numpy"):
-                    entry[0] = entry[0].replace("rng/numpy", "rng/torch")
+        def edit(rows: list[Row]) -> None:
+            for row in rows:
+                if row[0].endswith("rng/torch"):
+                    row[0] = row[0].replace("rng/torch", "rng/numpy")
+                elif row[0].endswith("rng/numpy"):
+                    row[0] = row[0].replace("rng/numpy", "rng/torch")
 
-        forge.edit_index(0, edit)
+        forge.edit_rows(0, edit)
 
     yield Case("generators-exchanged", _sealed(FULL, generators), unnoticed=True)
 
@@ -667,9 +690,7 @@ def _forged_shards() -> Iterator[Case]:
         """A right segment over wrong blocks: whole reads are sound, partial ones would not be."""
         table = bytearray(forge.table(0))
         index = forge.index(0)
-        first = next(
-            at for at, piece in enumerate(index["pieces"]) if sum(run[2] for run in piece[5]) > 65536
-        )
+        first = next(at for at, row in enumerate(rows_of(index)) if sum(run[2] for run in row[5]) > 65536)
         table[first * 8] ^= 1  # all before it are single blocks
         forge.put_index(0, index, bytes(table))
 
@@ -733,9 +754,7 @@ def _plant(forge: Forge, secret: str, make: Callable[[h5py.File, str], Any]) -> 
     with path.open("r+b") as file:
         file.seek(size_bytes)
         file.write(old)
-    for entry in index["pieces"]:
-        for run in entry[5]:
-            run[1] += size_bytes
+    index["run_offsets"] = [offset + size_bytes for offset in index["run_offsets"]]
     forge.put_index(1, index, table)
     forge.seal()
 
@@ -771,7 +790,7 @@ def _texts() -> Iterator[Case]:
 
     def name(text: str) -> Callable[[Path], None]:
         def edit(forge: Forge) -> None:
-            forge.record["tensors"][text] = {"shape": [], "dtype": "int64", "layout": 0}
+            forge.set_kind(text, {"shape": [], "dtype": "int64", "layout": 0})
 
         return _sealed(CHANGED, edit)
 

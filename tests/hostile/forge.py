@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 import struct
 from collections.abc import Callable
@@ -14,6 +16,32 @@ import xxhash
 from hpc_resume.checkpoint.index import index_digest
 
 BLOCK = struct.Struct("<Q")
+#: A piece of an index as a row: name, element type, shape, start, size, and runs of [file, offset, length].
+Row = list[Any]
+
+
+def rows_of(index: dict[str, Any]) -> list[Row]:
+    """The pieces of an index, a row each."""
+    runs = zip(index["run_files"], index["run_offsets"], index["run_lengths"], strict=True)
+    return [
+        [name, *map(copy.copy, index["kinds"][kind]), list(map(list, itertools.islice(runs, count)))]
+        for name, kind, count in zip(index["names"], index["kind_of"], index["runs_of"], strict=True)
+    ]
+
+
+def index_of(rows: list[Row], files: list[list[str]] | None = None) -> dict[str, Any]:
+    """The index of rows; each has a kind of its own, which may be hostile, too."""
+    runs = [run for row in rows for run in row[5]]
+    return {
+        "files": files or [],
+        "kinds": [row[1:5] for row in rows],
+        "names": [row[0] for row in rows],
+        "kind_of": list(range(len(rows))),
+        "runs_of": [len(row[5]) for row in rows],
+        "run_files": [run[0] for run in runs],
+        "run_offsets": [run[1] for run in runs],
+        "run_lengths": [run[2] for run in runs],
+    }
 
 
 def digest_of(body: bytes) -> str:
@@ -75,6 +103,21 @@ class Forge:
         change(index)
         self.put_index(rank, index)
 
+    def edit_rows(self, rank: int, change: Callable[[list[Row]], Any]) -> None:
+        index = self.index(rank)
+        rows = rows_of(index)
+        change(rows)
+        self.put_index(rank, index_of(rows, index["files"]))
+
+    def set_kind(self, name: str, kind: dict[str, Any]) -> None:
+        """Say something else of a tensor, or of one more."""
+        self.record["kinds"].append(kind)
+        self.record["tensors"][name] = len(self.record["kinds"]) - 1
+
+    def kind_path(self, name: str, *rest: Any) -> tuple[Any, ...]:
+        """Where the record says of what kind a tensor is."""
+        return "kinds", self.record["tensors"][name], *rest
+
     def measure(self, rank: int) -> None:
         """Record the size of a shard, and the checksum of what belongs to no box as far as there is one."""
         shard = self.record["shards"][rank]
@@ -84,7 +127,7 @@ class Forge:
         data = self.path(rank).read_bytes()
         digest, position = xxhash.xxh3_64(), 0
         try:
-            runs = [run for piece in self.index(rank)["pieces"] for run in piece[5]]
+            runs = [run for row in rows_of(self.index(rank)) for run in row[5]]
             for _, offset, length in sorted(run for run in runs if run[0] == 0):
                 digest.update(data[position:offset])
                 position = offset + length

@@ -107,7 +107,7 @@ def test_no_field_of_an_index_can_lie(base):
                 if took(decode_index, data, forge.table(rank), size_bytes=size_bytes) is not None:
                     believed.add(name)
     # A box may have any name; whether it is the right one is seen when it is looked up.
-    assert believed <= {"pieces.0.0=string", "pieces.0.0=control", "files=list"}
+    assert believed <= {"names.0=string", "names.0=control", "files=list"}
 
 
 def test_a_damaged_checkpoint_is_listed_beside_sound_ones(base, tmp_path):

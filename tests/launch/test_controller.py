@@ -1,6 +1,7 @@
 """The controller's state machine, on a clock that moves when someone sleeps: no test waits."""
 
 import itertools
+import json
 import os
 import signal
 from pathlib import Path
@@ -334,6 +335,21 @@ def test_a_plan_survives_its_file(tmp_path):
     )  # fmt: skip
     plan.write(tmp_path / "plan.json")
     assert Plan.read(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("ranks", "codes"),
+    [
+        ([Rank(ends=(2, 0)), Rank(ends=(2, -9), on={TERM: (1, 75)})], {"1": -9, "0": 0}),
+        ([Rank(on={TERM: (1, 75)}), Rank(ends=(2, -9))], {"1": -9}),  # the other one was ended because of it
+    ],
+)
+def test_how_the_ranks_ended_is_left_for_the_next_attempt(tmp_path, world, ranks, codes):
+    run = RunDirectory(tmp_path / "run")
+    run.create("run")
+    play(tmp_path, world, ({}, *ranks), ({}, Rank(ends=(1, 0))))
+    assert json.loads(run.exit_codes_path("j", 0).read_bytes()) == codes
+    assert json.loads(run.exit_codes_path("j", 1).read_bytes()) == {"0": 0}
 
 
 # -- started again in place -------------------------------------------------------------------------------

@@ -199,6 +199,20 @@ def test_features_that_tell_node_types_apart(tmp_path, kinds, constraints):
     assert [each.constraint for each in config.node_types] == constraints
 
 
+def test_types_of_one_name_get_their_own(tmp_path):
+    config = load(site_file(site_with({"gpus": 2, "gpu": "a"}, {"gpus": 1, "gpu": "a"}), ADVICE), tmp_path)
+    assert [each.name for each in config.node_types] == ["a", "a-2"]
+
+
+@pytest.mark.parametrize("way", ["requeue", "chain", "array", "exit", "login"])
+def test_the_file_is_one_for_any_continuation(tmp_path, way):
+    text = site_file(read_site(Login()), Recommendation(continuation=way, reasons=("because",)))
+    config = load(text, tmp_path)
+    assert config.continuation == way
+    assert len(config.node_types) == (1 if way == "array" else 2)
+    assert "name: v100" in text
+
+
 def test_a_partition_without_nodes_gives_a_file_all_the_same(tmp_path):
     assert [each.name for each in load(site_file(site_with(), ADVICE), tmp_path).node_types] == ["default"]
 

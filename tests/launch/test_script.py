@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -7,7 +8,8 @@ import pytest
 
 from hpc_resume.config import Config
 from hpc_resume.errors import UsageError
-from hpc_resume.launch.script import render, slurm_time
+from hpc_resume.launch.script import node_type_options, render, slurm_time
+from hpc_resume.scheduler.notes import Notes
 
 RUN_DIR = Path("/scratch/eve/runs/gpt")
 SLURM_ENVIRON = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1"}
@@ -29,6 +31,14 @@ count=$(grep -c 'scontrol show' calls)
 if [ -e "facts-$count" ]; then cat "facts-$count"; else cat facts; fi
 """,
     "sleep": "echo sleep >> calls\n",
+    "sbatch": """\
+echo "sbatch $*" >> calls
+env | grep ^SLURM_ | sed 's/^/sbatch environment: /' >> calls
+echo "13;cluster"
+""",
+    "scancel": 'echo "scancel $*" >> calls\n',
+    "squeue": "cat queue 2>/dev/null\n",
+    "sacct": "cat accounting 2>/dev/null\n",
 }
 
 
@@ -49,16 +59,18 @@ def batch(tmp_path):
         (tools / name).write_text(f"#!/bin/bash\n{body}")
         (tools / name).chmod(0o755)
 
-    def run(command, *, config=None, environ=SLURM_ENVIRON, **given):
+    def run(command, *arguments, config=None, environ=SLURM_ENVIRON, **given):
         (tmp_path / "calls").write_text("")
-        text = render(config or Config(), command=command, run_dir=RUN_DIR, **given)
+        script = tmp_path / "job.sbatch"
+        script.write_text(render(config or Config(), command=command, run_dir=tmp_path / "run", **given))
         done = subprocess.run(
-            ["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
-            env={"PATH": f"{tools}:{os.environ['PATH']}", **environ},
+            ["bash", str(script), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            check=False, env={"PATH": f"{tools}:{os.environ['PATH']}", **environ},
         )  # fmt: skip
         return done.returncode, done.stderr, (tmp_path / "calls").read_text().splitlines()
 
     run.folder = tmp_path
+    run.notes = Notes(tmp_path / "run")
     return run
 
 
@@ -200,9 +212,10 @@ def test_with_a_stored_configuration_its_path_is_all(batch):
         "A_B=it's $HOME",
         "A_SETUP=done here",
         "HPC_RESUME_BATCH=1",
+        "HPC_RESUME_CHAIN=12",
         "HPC_RESUME_CONFIG=/c.yaml",
         "HPC_RESUME_NODE_TYPE=a100",
-        "HPC_RESUME_RUN_DIR=/scratch/eve/runs/gpt",
+        f"HPC_RESUME_RUN_DIR={batch.folder}/run",
         "PYTHONUNBUFFERED=1",
         "SRUN_CPUS_PER_TASK=8",
         "SUBMITIT_EXECUTOR=slurm",
@@ -229,11 +242,154 @@ def test_without_one_the_ranks_read_the_same_settings_from_the_environment(batch
     for setting in ("name", "seed", "warning_lead_s", "warning_signal", "checkpoint", "stop", "budget"):
         assert getattr(read, setting) == getattr(config, setting), setting
     assert read.time_limit_s == 3600
-    assert read.run_dir == str(RUN_DIR)
+    assert read.run_dir == str(batch.folder / "run")
 
 
 def test_a_line_of_shell_is_taken_as_it_is(batch):
     assert batch('bash -c "exit 0" && true')[0] == 0
+
+
+# -- other node types, other ways to go on ----------------------------------------------------------------
+
+TYPES = [
+    {"name": "a", "partition": "main", "constraint": "a100|h100", "wait_limit_s": 60, "time_limit_s": 3600},
+    {"name": "b", "partition": "low", "nodes": 2, "tasks_per_node": 4, "mem_gb": 10, "time_limit_s": 3600},
+]
+
+
+def test_any_node_type_can_be_asked_for_first(batch):
+    config = Config(node_types=TYPES)
+    assert "--partition=main" in directives(config)
+    second = directives(config, node_type=1)
+    assert [line for line in second if line.startswith(("--p", "--no", "--nt", "--mem", "--con"))] == [
+        "--partition=low",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--mem=10G",
+    ]
+    code, _, calls = batch(["true"], config=config, node_type=1)
+    assert code == 0
+    assert calls == ["srun --nodes=1 --ntasks-per-node=4 --kill-on-bad-exit=1 true"]
+    assert "HPC_RESUME_NODE_TYPE=b" in (batch.folder / "environment").read_text()
+
+
+def test_the_ranks_are_told_all_node_types(batch):
+    config = Config(node_types=TYPES)
+    assert batch(["true"], config=config)[0] == 0
+    lines = (batch.folder / "environment").read_text().splitlines()
+    read = Config.load(environ=dict(line.split("=", 1) for line in lines))
+    assert read.node_types == config.node_types
+
+
+def test_what_sbatch_is_told_of_a_node_type():
+    assert node_type_options(Config(node_types=TYPES), 1) == [
+        "--partition=low",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--mem=10G",
+        "--time=01:00:00",
+    ]
+
+
+def test_what_is_submitted_for_another_node_type_has_lost_its_own(batch):
+    assert batch(["true"], config=Config(node_types=TYPES))[0] == 0
+    kept = batch.notes.path("script", "12").read_text()
+    directives = [line for line in kept.splitlines() if line.startswith("#SBATCH")]
+    assert directives == [
+        "#SBATCH --job-name=run",
+        "#SBATCH --output=%x-%j.log",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --signal=USR2@120",
+        "#SBATCH --requeue",
+    ]
+
+
+@pytest.mark.parametrize("way", ["chain", "array"])
+def test_a_job_that_has_a_successor_is_not_requeued_as_well(way):
+    found = directives(Config(continuation=way))
+    assert "--no-requeue" in found
+    assert ("--array=1-20%1" in found) == (way == "array")
+    assert ("--output=%x-%A_%a.log" in found) == (way == "array")
+
+
+def test_the_successor_is_queued_before_the_work_begins(batch):
+    environ = {**SLURM_ENVIRON, "SLURM_RESTART_COUNT": "2", "SLURM_CONF": "/etc/slurm.conf", "A_B": "kept"}
+    code, _, calls = batch(["false"], config=Config(continuation="chain"), environ=environ)
+    assert code == 1
+    script = batch.notes.path("script", "12")
+    assert calls[:3] == [
+        f"sbatch --parsable --dependency=afterany:12 {script} 12 12 0",
+        "sbatch environment: SLURM_CONF=/etc/slurm.conf",
+        "srun --nodes=1 --ntasks-per-node=1 --kill-on-bad-exit=1 false",
+    ]
+    assert calls[3:] == ["scancel --state=PENDING 13"]
+    assert batch.notes.read("over", "12") == "exit code 1"
+
+
+def test_there_is_one_successor_however_often_the_job_starts(batch):
+    config = Config(continuation="chain")
+    environ = {**SLURM_ENVIRON, "SLURM_RESTART_COUNT": "1"}
+    batch.notes.write("after", "12", "13")
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    code, err, calls = batch(["bash", "-c", "exit 75"], config=config, environ=environ)
+    assert code == 0
+    assert "goes on as job 13" in err
+    assert not [call for call in calls if call.startswith("sbatch")]
+
+
+def test_a_successor_that_nobody_wrote_down_is_found_in_the_queue(batch):
+    (batch.folder / "queue").write_text("14 afterany:121(unfulfilled)\n15 afterany:12(unfulfilled)\n")
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    code, err, calls = batch(["bash", "-c", "exit 75"], config=Config(continuation="chain"))
+    assert code == 0
+    assert "goes on as job 15" in err
+    assert not [call for call in calls if call.startswith("sbatch")]
+
+
+@pytest.mark.parametrize("why", ["a person cancelled it", "all steps are done"])
+def test_a_successor_that_starts_all_the_same_does_nothing(batch, why):
+    batch.notes.write("over", "12", why)
+    environ = {"SLURM_JOB_ID": "13", "SLURM_JOB_NUM_NODES": "1"}
+    (batch.folder / "facts").write_text(facts("COMPLETED"))
+    code, err, calls = batch(["true"], "12", "12", config=Config(continuation="chain"), environ=environ)
+    assert code == 0
+    assert why in err
+    assert not [call for call in calls if call.startswith(("srun", "sbatch"))]
+
+
+@pytest.mark.parametrize(
+    ("known", "runs"),
+    [
+        pytest.param(facts("CANCELLED"), False, id="Slurm knows"),
+        pytest.param(facts("TIMEOUT", "TimeLimit"), True, id="it was no person"),
+        pytest.param(facts("CANCELLED") + "   PreemptTime=2026-11-24T08:30:53\n", True, id="preempted"),
+        pytest.param("slurm_load_jobs error: Invalid job id specified", False, id="its accounting knows"),
+    ],
+)
+def test_a_successor_looks_whether_a_person_has_cancelled_the_job_before_it(batch, known, runs):
+    (batch.folder / "facts").write_text(known)
+    (batch.folder / "accounting").write_text("CANCELLED by 1000\n")
+    environ = {"SLURM_JOB_ID": "13", "SLURM_JOB_NUM_NODES": "1"}
+    code, _, calls = batch(["true"], "12", "12", config=Config(continuation="chain"), environ=environ)
+    assert code == 0
+    assert any(call.startswith("srun") for call in calls) == runs
+    assert ("cancelled job 12" in batch.notes.read("over", "12")) == (not runs)
+
+
+def test_a_person_who_submits_the_script_again_begins_anew(batch):
+    batch.notes.write("over", "12", "a person cancelled it")  # of a job 12 of long ago
+    code, _, calls = batch(["true"], config=Config(continuation="chain"))
+    assert code == 0
+    assert any(call.startswith("srun") for call in calls)
+    assert batch.notes.read("over", "12") == "exit code 0"
+
+
+@pytest.mark.parametrize("way", ["requeue", "chain"])
+def test_notes_that_cannot_be_written_keep_nobody_from_working(batch, way):
+    (batch.folder / "run").write_text("a file")
+    code, _, calls = batch(["true"], config=Config(continuation=way))
+    assert code == 0
+    assert any(call.startswith("srun") for call in calls)
 
 
 # -- what comes next --------------------------------------------------------------------------------------
@@ -244,6 +400,27 @@ def test_the_end_or_a_failure_is_passed_on_and_nothing_is_asked(batch, code):
     got, _, calls = batch(["bash", "-c", f"exit {code}"])
     assert got == code
     assert asked(calls, "") == []
+
+
+@pytest.mark.parametrize("code", [0, 1, 75, 137])
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({}, ".exit-12-0.json"),
+        ({"SLURM_RESTART_COUNT": "3"}, ".exit-12-3.json"),
+        ({"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "2"}, ".exit-9_2-0.json"),
+    ],
+)
+def test_the_exit_code_is_left_for_the_next_attempt(batch, tmp_path, code, environ, name):
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    (tmp_path / "run/attempts").mkdir(parents=True)
+    batch(["bash", "-c", f"exit {code}"], environ={**SLURM_ENVIRON, **environ})
+    (left,) = (tmp_path / "run/attempts").iterdir()
+    assert (left.name, json.loads(left.read_bytes())) == (name, {"-1": code})
+
+
+def test_where_no_attempt_has_begun_nothing_is_left_and_nothing_said(batch):
+    assert batch(["true"])[:2] == (0, "")
 
 
 @pytest.mark.parametrize("code", [75, 129, 137, 143, 192])
@@ -348,9 +525,14 @@ def test_strict_shell_options_of_a_setup_line_do_no_harm(batch):
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_shellcheck_has_nothing_to_say(tmp_path):
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("way", ["requeue", "chain", "array", "exit", "login"])
+def test_shellcheck_has_nothing_to_say(tmp_path, way, several):
+    if several and way == "array":
+        pytest.skip("an array has one node type")
     script = tmp_path / "job.sbatch"
-    script.write_text(render(Config(), command=["python", "train.py"], run_dir=RUN_DIR))
+    config = Config(continuation=way, node_types=TYPES if several else TYPES[:1])
+    script.write_text(render(config, command=["python", "train.py"], run_dir=RUN_DIR))
     done = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
     assert done.stdout == ""
 

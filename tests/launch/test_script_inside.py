@@ -36,7 +36,9 @@ esac
 ENVIRON = {
     "SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_PARTITION": "main",
 }  # fmt: skip
-CRASHED = {"event": "ended", "cause": "crash", "decision": "continue"}
+CRASHED = {"event": "ended", "cause": "crash", "evidence": "rank 1 was killed", "decision": "continue"}
+#: With which srun ends the peers of a rank that died.
+PEERS = {"event": "stop_requested", "cause": "signal", "signal": "SIGTERM", "rank": 0}
 
 
 def facts(state="RUNNING", left_s=9999, more="", excluded="(null)"):
@@ -112,8 +114,9 @@ def test_so_are_ranks_that_told_of_a_crash(batch):
 
 
 def test_so_are_ranks_that_were_ended_because_a_peer_had_died(batch):
-    word = {"event": "stop_requested", "cause": "signal", "signal": "SIGTERM", "rank": 0}
-    assert batch(f"{batch.attempt(1, word)}; exit 137", "exit 0") == 0
+    assert batch(f"{batch.attempt(1, PEERS)}; exit 137", "exit 0") == 0
+    assert batch.starts == 2
+    assert batch(f"{batch.attempt(2, PEERS, {**CRASHED, 'cause': 'unknown'})}; exit 75", "exit 0") == 0
     assert batch.starts == 2
 
 
@@ -138,22 +141,30 @@ def test_never_if_it_is_switched_off(batch):
 
 
 @pytest.mark.parametrize(
-    "word",
+    "words",
     [
-        {"event": "ended", "cause": "signal", "decision": "continue"},
-        {"event": "ended", "cause": "time_limit", "decision": "continue"},
-        {"event": "ended", "cause": "preemption", "decision": "continue"},
-        {"event": "ended", "cause": "crash", "decision": "stop"},
-        {"event": "stop_requested", "cause": "signal", "signal": "SIGUSR2"},
-        {"event": "stop_requested", "cause": "preemption", "signal": "SIGTERM"},
-        {**CRASHED, "exclude": ["n1"], "move_on": False},
-        {**CRASHED, "exclude": [], "move_on": True},
+        [{**CRASHED, "cause": "signal"}],
+        [{**CRASHED, "cause": "time_limit"}],
+        [{**CRASHED, "cause": "preemption"}],
+        [{**CRASHED, "decision": "stop"}],
+        [{**PEERS, "signal": "SIGUSR2"}],
+        [{**PEERS, "cause": "preemption"}],
+        [PEERS, {"event": "stop_agreed"}],
+        [{**PEERS, "signal": "SIGUSR2"}, CRASHED],
+        [{**CRASHED, "exclude": ["n1"], "move_on": False}],
+        [{**CRASHED, "exclude": [], "move_on": True}],
     ],
 )
 @pytest.mark.parametrize("code", [75, 137])
-def test_a_stop_is_no_crash(batch, word, code):
-    assert batch(f"{batch.attempt(1, word)}; exit {code}") == 0
+def test_a_stop_is_no_crash(batch, words, code):
+    assert batch(f"{batch.attempt(1, *words)}; exit {code}") == 0
     assert (batch.starts, len(batch.asked("requeue"))) == (1, 1)
+
+
+def test_nor_is_a_run_that_is_over(batch):
+    over = f"echo why > {batch.run}/continuation/over-12"
+    assert batch(f"{over}; exit 137", "exit 0") == 137
+    assert (batch.starts, batch.asked("requeue")) == (1, [])
 
 
 @pytest.mark.parametrize("code", [75, 138, 140])
@@ -262,15 +273,22 @@ def test_an_unfit_node_is_written_down_and_kept_out_of_the_next_attempt(batch, c
         "scontrol update JobId=12 ExcNodeList=n2"
     )
     (note,) = notes(batch)
-    assert (note["job_id"], note["restart_count"], note["node"]) == ("12", 0, "n2")
-    assert note["why"] == "GPU 0: CUDA error x n"
+    assert (note["job_id"], note["nodes"]) == ("12", {"n2": "GPU 0: CUDA error x n"})
+    assert abs(note["t"] - time.time()) < 100
     assert "node n2 is unfit: GPU 0" in batch.err
 
 
 def test_a_node_that_says_nothing_is_unfit(batch, checked):
     batch.write("health", "hpc_resume: node n1 is fit\nsrun: error: n2: task 1: Killed\n")
     checked("exit 0")
-    assert [(note["node"], note["why"]) for note in notes(batch)] == [("n2", "no answer within 120 s")]
+    assert [note["nodes"] for note in notes(batch)] == [{"n2": "no answer within 120 s"}]
+
+
+def test_all_that_are_unfit_stand_in_one_line(batch, checked):
+    batch.write("health", "")
+    checked("exit 0")
+    assert [list(note["nodes"]) for note in notes(batch)] == [["n1", "n2"]]
+    assert batch.asked("update") == ["scontrol update JobId=12 ExcNodeList=n1,n2"]
 
 
 def test_what_was_excluded_before_stays_so(batch, checked):
@@ -287,14 +305,16 @@ def test_nodes_are_not_excluded_if_too_few_would_be_left(batch, checked):
     assert (len(batch.asked("requeue")), batch.asked("update")) == (1, [])
 
 
-def test_after_three_attempts_that_came_to_nothing_nobody_looks_any_more(batch, checked):
+def test_after_three_looks_that_led_to_no_attempt_nobody_looks_any_more(batch, checked):
     batch.write("health", UNFIT)
     for restart in range(3):
         assert checked("exit 0", SLURM_RESTART_COUNT=str(restart)) == 0
         assert batch.starts == 0
-    assert checked("exit 0", SLURM_RESTART_COUNT="3") == 0
+    assert checked(f"{batch.attempt(1, CRASHED)}; exit 0", SLURM_RESTART_COUNT="3") == 0
     assert batch.starts == 1
-    assert checked("exit 0", SLURM_JOB_ID="13") == 0  # another job looks again
+    later_s = time.time() + 100
+    os.utime(batch.run / "attempts/0001", (later_s, later_s))
+    assert checked("exit 0", SLURM_RESTART_COUNT="4") == 0  # there has been an attempt since
     assert batch.starts == 0
 
 
@@ -329,7 +349,7 @@ def test_shellcheck_has_nothing_to_say(tmp_path, overrides):
     assert "\n\n\n" not in script.read_text()
 
 
-def test_a_container_gets_its_folder_made_and_looks_at_nodes_from_inside(batch):
+def test_a_container_gets_its_folder_made_and_nodes_are_looked_at_from_inside(batch):
     batch.config = ALL | {"environment": {}}
     batch.write("health", "hpc_resume: node n1 is fit\n")
     assert batch("exit 0") == 0

@@ -168,7 +168,7 @@ def test_kill_9_of_any_rank_leaves_a_run_that_continues(tmp_path, victim):
     committed = 0
     for turn in range(4):
         attempt = Attempt(run_dir, 2, train_often, 100_000, job=f"job-{turn}")
-        attempt.wait_until(lambda floor=committed: committed_step(run_dir) > floor)
+        attempt.wait_until(lambda number=turn + 1: committing_attempt(run_dir) == number)
         time.sleep(chance.random() * 0.05)  # anywhere in a step or a save
         attempt.signal(signal.SIGKILL, ranks=[victim])
         time.sleep(0.03)
@@ -192,6 +192,13 @@ def train_often(steps):
 def committed_step(run_dir):
     names = RunDirectory(run_dir).checkpoint_names()
     return int(names[-1].split("-")[0]) if names else 0
+
+
+def committing_attempt(run_dir):
+    """Which attempt has committed the newest checkpoint: each begins with finishing what the one before has left."""
+    run = RunDirectory(run_dir)
+    names = run.checkpoint_names()
+    return read_manifest(run.checkpoints / names[-1]).attempt if names else 0
 
 
 def test_two_owners_never_publish_in_one_run(tmp_path):
@@ -281,27 +288,31 @@ def train_with_a_mistake_on_rank_1(steps, fail_at):
 def test_the_last_word_names_the_rank_that_was_wrong(tmp_path):
     attempt = Attempt(tmp_path / "run", 2, train_with_a_mistake_on_rank_1, 10, 0)
     assert attempt.wait() == [1, 1], attempt.log.read_text()
-    assert ended(tmp_path / "run", 1)["why"].startswith(
-        "rank 1: ValueError: something in the script; rank 0: "
-    )
+    last = ended(tmp_path / "run", 1)
+    node = os.uname().nodename
+    assert last["evidence"].startswith(f"rank 1 on {node}: ValueError: something in the script; rank 0: ")
+    assert (last["cause"], last["nodes"], last["decision"]) == ("crash", [node], "stop")
 
 
 def test_when_the_budget_is_spent_no_rank_asks_to_be_continued(tmp_path):
     attempts = [Attempt(tmp_path / "run", 2, train_with_a_mistake_on_rank_1, 10, 3).wait() for _ in range(3)]
     assert attempts == [[75, 75], [75, 75], [1, 1]]
-    assert ended(tmp_path / "run", 3)["cause"] == "no_progress"
+    last = ended(tmp_path / "run", 3)
+    assert (last["cause"], last["decision"]) == ("crash", "stop")
+    assert "no progress in 3 attempts in a row (budget.max_idle)" in last["because"]
 
 
 def test_a_run_that_makes_no_progress_stops_with_a_clear_last_word(tmp_path):
     codes = [Attempt(tmp_path / "run", 1, train_with_a_mistake, 10, 3).wait()[0] for _ in range(3)]
     assert codes == [75, 75, 1]
     last = ended(tmp_path / "run", 3)
-    assert last["cause"] == "no_progress"
+    assert (last["cause"], last["decision"]) == ("crash", "stop")
     assert "no progress in 3 attempts in a row" in last["why"]
     # The scheduler may restart it all the same (a node failure): it refuses at once.
     attempt = Attempt(tmp_path / "run", 1, train, 10)
     assert attempt.wait() == [1]
-    assert "3 attempts in a row began at step 0" in attempt.log.read_text()
+    assert "no progress in 3 attempts in a row" in attempt.log.read_text()
+    assert ended(tmp_path / "run", 4)["cause"] == "no_progress"
     # A person who submits it anew is another job.
     assert Attempt(tmp_path / "run", 1, train, 10, job="job-2").wait() == [0]
 

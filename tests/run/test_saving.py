@@ -6,11 +6,14 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+import torch
 from click.testing import CliRunner
 
 from hpc_resume import cli
 from hpc_resume.checkpoint import store
 from hpc_resume.checkpoint.manifest import read_manifest
+from hpc_resume.checkpoint.opened import Checkpoint
 from hpc_resume.checkpoint.verify import verify_run
 from hpc_resume.journal import read_events
 from hpc_resume.rundir import RunDirectory, checkpoint_step
@@ -82,6 +85,59 @@ def test_survivors_complete_a_checkpoint_from_their_replicas(tmp_path):
         (restored,) = events(folder, 2, "restored")
         assert (restored["step"], restored["checkpoint"]) == (manifest.step, name)
         assert verify_run(folder) == []
+
+
+def noted(notes, rank):
+    """Have what a rank has captured last lie in a file."""
+    from hpc_resume.checkpoint.state import TrackedState
+
+    capture = TrackedState.capture
+
+    def capture_noted(self, *args):
+        captured = capture(self, *args)
+        if own_rank() == rank:
+            torch.save({name: leaf.detach().clone() for name, leaf in captured.leaves.items()}, notes)
+        return captured
+
+    TrackedState.capture = capture_noted
+
+
+def dying_leader(steps, notes, optimizer):
+    noted(notes, 1)
+    within_saves(lambda header: die_half_way if header.reason == "stop" and own_rank() == 0 else None)
+    checkpoint = {"every_steps": 5, "every_s": None, "dead_after_s": 0.5}
+    train(steps, step_s=0.02, optimizer=optimizer, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize(("size", "optimizer"), [(2, "AdamW"), (3, "AdamW"), (3, "Adafactor")])
+def test_survivors_complete_a_checkpoint_without_rank_0(tmp_path, size, optimizer):
+    run_dir, notes = tmp_path / "run", tmp_path / "notes"
+    attempt = Attempt(run_dir, size, dying_leader, 400, str(notes), optimizer)
+    attempt.tell(end_time=time.time() + 60)
+    attempt.wait_for_step(7)
+    attempt.signal(signal.SIGUSR2)
+    assert attempt.wait() == [-signal.SIGKILL, *[75] * (size - 1)], attempt.log.read_text()
+    run = RunDirectory(run_dir)
+    name, manifest = store.find(run)
+    assert (manifest.reason, manifest.missing_ranks) == ("stop", (0,)), attempt.log.read_text()
+    assert verify_run(run_dir) == []
+    captured = torch.load(notes)
+    with Checkpoint(run_dir) as ckpt:
+        assert set(ckpt) == captured.keys()
+        assert all(torch.equal(ckpt[each], captured[each]) for each in captured)
+        assert ckpt.state("meta") == {"best": 0}
+        assert ckpt.state("scheduler")["last_epoch"] == manifest.step
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    for resumed, folder in ((size, run_dir), (1, copy)):
+        attempt = Attempt(folder, resumed, continued, manifest.step + 2, optimizer)
+        assert attempt.wait() == [0] * resumed, attempt.log.read_text()
+        assert events(folder, 2, "restored")[0]["checkpoint"] == name
+        assert verify_run(folder) == []
+
+
+def continued(steps, optimizer):
+    train(steps, optimizer=optimizer)
 
 
 def test_a_dead_rank_whose_part_nobody_holds_is_no_checkpoint_but_kept(tmp_path):

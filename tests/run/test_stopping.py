@@ -1,5 +1,6 @@
 """How long is left, and what guards the end."""
 
+import signal
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ from hpc_resume.run import stopping
 from hpc_resume.run.stopping import Stopping
 from hpc_resume.scheduler.base import JobFacts
 from hpc_resume.scheduler.environment import JobEnvironment
+from hpc_resume.scheduler.signals import WATCHED
 
 
 class Told:
@@ -107,3 +109,28 @@ def test_without_a_known_end_no_watchdog_is_needed():
     assert each.reached() is None
     assert each._watchdog is first
     assert first.finished.is_set()
+
+
+def test_who_leaves_without_the_others_does_not_wait_for_a_signal_that_gives_up(monkeypatch):
+    """The signal's thread waits out rank 0's head start; the main thread has its own way out."""
+    monkeypatch.setattr(stopping, "_ABANDON_S", 0.01)
+    came, go_on = threading.Event(), threading.Event()
+    each = stopped(rank=1, ask=False)
+
+    def give_up(name):
+        came.set()
+        go_on.wait()
+
+    each._watch._on_signal = give_up
+    each.watch()
+    thread = each._watch._thread
+    signal.raise_signal(signal.SIGUSR2)
+    assert came.wait(60)
+    each.abandon(last_word=True)
+    assert thread.is_alive()
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN
+    go_on.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    for number in WATCHED:
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)

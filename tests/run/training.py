@@ -23,7 +23,17 @@ class Samples(torch.utils.data.Dataset):
         return index, x, x.sum().sin()
 
 
-def train(steps=40, *, step_s=0.0, kind="ddp", fail_at=None, hang_at=None, every_steps=None, **settings):
+def train(
+    steps=40,
+    *,
+    step_s=0.0,
+    kind="ddp",
+    optimizer="AdamW",
+    fail_at=None,
+    hang_at=None,
+    every_steps=None,
+    **settings,
+):
     """Train; note every sample that was used, and every step that was begun."""
     if every_steps:
         settings["checkpoint"] = {"every_steps": every_steps, "every_s": None}
@@ -38,7 +48,7 @@ def train(steps=40, *, step_s=0.0, kind="ddp", fail_at=None, hang_at=None, every
             fully_shard(net)
         else:
             net = DistributedDataParallel(net)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        optimizer = getattr(torch.optim, optimizer)(net.parameters(), lr=1e-2)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         data = run.loader(Samples(), global_batch=GLOBAL_BATCH)
         meta = {"best": float("inf")}

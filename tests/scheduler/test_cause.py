@@ -33,6 +33,11 @@ def verdict(signal_name, job, *, own_restarts=0):
         pytest.param(facts("NONE"), Cause.SIGNAL, id="no scheduler"),
         pytest.param(facts("COMPLETING", reason="TimeLimit"), Cause.TIME_LIMIT, id="looked up late"),
         pytest.param(facts("COMPLETING"), Cause.CANCEL, id="cancelled right after the warning"),
+        pytest.param(
+            facts("COMPLETING", preempt_time_s=NOW_S),
+            Cause.PREEMPTION,
+            id="preempted, and not requeued by Slurm",
+        ),
     ],
 )
 def test_warning(warning, job, cause):

@@ -79,6 +79,13 @@ def test_tasks_on_this_node(listed, node, expected):
     assert env.local_world_size == expected
 
 
+def test_jobs_that_go_on_from_each_other_are_one_chain():
+    slurm = {"SLURM_JOB_ID": "12"}
+    assert detect(slurm).chain == "12"
+    assert detect({**slurm, "HPC_RESUME_CHAIN": "7"}).chain == "7"
+    assert detect({}).chain is None
+
+
 def test_array_element_is_never_named_by_its_bare_number():
     # the last element that is split off has the array's own id as SLURM_JOB_ID
     env = detect(SRUN, SLURM_JOB_ID="9", SLURM_ARRAY_JOB_ID="9", SLURM_ARRAY_TASK_ID="1")

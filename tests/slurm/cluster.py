@@ -81,6 +81,7 @@ PartitionName=DEFAULT Nodes=ALL State=UP DefaultTime=10 MaxTime=60 DefMemPerCPU=
 PartitionName=main  PriorityTier=10  PreemptMode=OFF Default=YES
 PartitionName=low   PriorityTier=1   PreemptMode=REQUEUE GraceTime=20   # SIGTERM, and 20 s or more to leave
 PartitionName=low0  PriorityTier=1   PreemptMode=REQUEUE GraceTime=0    # requeued on the spot
+PartitionName=spot  PriorityTier=1   PreemptMode=CANCEL GraceTime=0     # killed on the spot
 PartitionName=high  PriorityTier=100 PreemptMode=OFF
 """
 

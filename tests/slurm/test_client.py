@@ -379,8 +379,8 @@ def test_facts_where_slurm_does_not_answer(cluster, monkeypatch, tmp_path):
     conf = Path(os.environ["SLURM_CONF"]).read_text()
     (tmp_path / "slurm.conf").write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=1", conf))
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-    monkeypatch.setattr("hpc_resume.scheduler.slurm._ATTEMPTS", 1)
-    monkeypatch.setattr("hpc_resume.scheduler.slurm._COMMAND_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("hpc_resume.scheduler.client._ATTEMPTS", 1)
+    monkeypatch.setattr("hpc_resume.scheduler.client._COMMAND_TIMEOUT_S", 0.5)
     assert SlurmScheduler("1").facts().state == "UNKNOWN"
 
 

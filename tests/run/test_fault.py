@@ -1,0 +1,236 @@
+import errno
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hpc_resume.errors import (
+    BudgetSpent,
+    FencedError,
+    IntegrityError,
+    MismatchError,
+    RendezvousError,
+    SaveError,
+)
+from hpc_resume.run.fault import Fault, Faults
+from hpc_resume.run.history import FAULT, _fault
+from hpc_resume.run.memory import OomKills
+from hpc_resume.run.peers import Peers
+from hpc_resume.scheduler.cause import Cause, Verdict
+from hpc_resume.scheduler.environment import JobEnvironment
+from hpc_resume.scheduler.local import process_ticks
+
+LOST = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:49300")
+
+
+def environment(rank=0, size=2):
+    return JobEnvironment.detect(
+        {
+            "HPC_RESUME_JOB_STATE": "x", "SUBMITIT_LOCAL_JOB_ID": "j", "SUBMITIT_LOCAL_NTASKS": str(size),
+            "SUBMITIT_LOCAL_GLOBALID": str(rank), "SUBMITIT_LOCAL_LOCALID": str(rank),
+        },
+        hostname="n1", pid=1,
+    )  # fmt: skip
+
+
+class Ranks:
+    """Ranks of this process that share a control store; time passes when they wait."""
+
+    def __init__(self, folder, size=2, kills=0):
+        self.now = 0.0
+        self.store = dist.HashStore()
+        before = OomKills(boot="b", node=1, job=None)
+        self.ranks = []
+        for rank in range(size):
+            peers = Peers(environment(rank, size), self.store, None, "x")
+            self.ranks.append(
+                Faults(
+                    environment(rank, size), peers, folder, before,
+                    read_oom_kills=lambda: OomKills(boot="b", node=1 + kills, job=None),
+                    monotonic=lambda: self.now, pause=self.pause,
+                )
+            )  # fmt: skip
+
+    def pause(self, seconds):
+        self.now += seconds
+
+    def __getitem__(self, rank):
+        return self.ranks[rank]
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    return Ranks(tmp_path)
+
+
+def out_of_memory():
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def wrapped():
+    error = RuntimeError("the step failed")
+    error.__cause__ = out_of_memory()
+    return error
+
+
+@pytest.mark.parametrize("error", [out_of_memory(), MemoryError("Unable to allocate"), wrapped()])
+def test_out_of_memory_is_told_by_type(ranks, error):
+    found = ranks[1].of(error, begun=False)
+    assert (found.cause, found.mistake, found.nodes, found.exit_code) == (
+        Cause.OUT_OF_MEMORY,
+        False,
+        (),
+        None,
+    )
+    assert found.evidence.startswith("rank 1 on n1: ")
+
+
+def test_words_alone_are_no_out_of_memory(ranks):
+    assert ranks[0].of(ValueError("out of memory"), begun=True).cause is Cause.CRASH
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_an_exception_is_a_mistake_only_before_the_first_step(ranks, begun):
+    found = ranks[0].of(ValueError("something"), begun=begun)
+    assert (found.cause, found.mistake, found.nodes) == (Cause.CRASH, not begun, ("n1",))
+    assert found.evidence == "rank 0 on n1: ValueError: something"
+
+
+def test_a_broken_gpu_is_no_mistake_of_the_script(ranks):
+    error = RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    found = ranks[0].of(error, begun=False)
+    assert (found.mistake, found.nodes) == (False, ("n1",))
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "code"),
+    [
+        (MismatchError("other shapes"), Cause.CRASH, 2),
+        (IntegrityError("damaged"), Cause.CRASH, 4),
+        (FencedError("attempt 7 has begun"), Cause.CRASH, 1),
+        (BudgetSpent("enough"), Cause.NO_PROGRESS, 1),
+        (SaveError(errno.ENOSPC, "no space"), Cause.CRASH, None),
+    ],
+)
+def test_errors_of_ours_keep_their_code_and_blame_no_node(ranks, error, cause, code):
+    found = ranks[0].of(error, begun=True)
+    assert (found.cause, found.exit_code, found.nodes, found.mistake) == (cause, code, (), False)
+    assert found.fenced == isinstance(error, FencedError)
+
+
+def test_a_rank_that_lost_a_peer_takes_the_peers_word(ranks):
+    ranks[1].of(ValueError("something"), begun=False)
+    found = ranks[0].of(LOST, begun=False)
+    assert (found.cause, found.mistake, found.nodes) == (Cause.CRASH, True, ("n1",))
+    assert found.evidence.startswith("rank 1 on n1: ValueError: something; rank 0: RuntimeError: [gloo")
+    assert ranks.now == 0
+
+
+def test_the_first_word_holds(ranks):
+    first = ranks[1].of(out_of_memory(), begun=True)
+    assert ranks[0].of(ValueError("later"), begun=True) == first
+
+
+def test_the_word_lies_in_the_attempts_folder_too(ranks, tmp_path):
+    found = ranks[1].of(ValueError("something"), begun=True)
+    assert _fault(tmp_path / FAULT) == Verdict(cause=Cause.CRASH, evidence=found.evidence, nodes=("n1",))
+
+
+def test_a_peer_that_nobody_knows_about(ranks):
+    found = ranks[0].of(LOST, begun=True)
+    assert (found.cause, found.nodes, found.mistake) == (Cause.UNKNOWN, (), False)
+    assert ranks.now == pytest.approx(2.0, abs=0.1)
+
+
+def test_a_collective_that_times_out_while_nobody_has_failed_is_a_hang(ranks):
+    error = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv")
+    assert ranks[0].of(error, begun=True).cause is Cause.HANG
+
+
+def neighbour(faults, rank, *, alive):
+    pid = os.getpid()
+    faults._neighbours = {rank: (pid, process_ticks(pid) - (0 if alive else 1))}
+
+
+@pytest.mark.parametrize(("kills", "cause"), [(0, Cause.CRASH), (1, Cause.OUT_OF_MEMORY)])
+def test_a_rank_of_this_node_whose_process_is_gone(tmp_path, kills, cause):
+    ranks = Ranks(tmp_path, kills=kills)
+    neighbour(ranks[0], 1, alive=False)
+    found = ranks[0].of(LOST, begun=True)
+    assert found.cause is cause
+    assert f"rank 1 on n1: its process ({os.getpid()}) is gone" in found.evidence
+    assert ("for want of memory" in found.evidence) == bool(kills)
+    assert found.nodes == (() if kills else ("n1",))  # memory is no fault of the node
+    assert found.mistake is False
+
+
+def test_a_rank_that_leaves_by_itself_is_not_dead(ranks):
+    neighbour(ranks[0], 1, alive=False)
+    ranks[1].leave()
+    assert ranks[0].find() is None
+
+
+def test_a_rank_that_lives_is_not_dead(ranks):
+    neighbour(ranks[0], 1, alive=True)
+    assert ranks[0].find() is None
+
+
+def test_a_killed_data_worker_needs_the_kernels_word(tmp_path):
+    error = RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
+    assert Ranks(tmp_path, kills=1)[0].of(error, begun=True).cause is Cause.OUT_OF_MEMORY
+    assert Ranks(tmp_path, kills=0)[0].of(error, begun=True).cause is Cause.CRASH
+
+
+@pytest.mark.parametrize("cause", [Cause.CANCEL, Cause.NODE_FAILURE])
+def test_what_is_certain_stays_when_no_boundary_comes(ranks, cause):
+    neighbour(ranks[0], 1, alive=False)
+    found = ranks[0].behind(
+        Verdict(cause=cause, evidence="SIGTERM"), "no step ended within 60 s", at_boundary=False
+    )
+    assert found.cause is cause
+
+
+def test_no_boundary_and_nobody_dead_is_a_hang(ranks):
+    asked = Verdict(cause=Cause.TIME_LIMIT, evidence="SIGUSR2; 100 s before the time limit")
+    found = ranks[0].behind(asked, "no step ended within 60 s", at_boundary=False)
+    assert found.cause is Cause.HANG
+    assert found.evidence == (
+        "no step ended within 60 s; asked to stop by SIGUSR2; 100 s before the time limit"
+    )
+
+
+def test_a_last_save_that_takes_too_long_is_no_hang(ranks):
+    neighbour(ranks[0], 1, alive=False)
+    asked = Verdict(cause=Cause.TIME_LIMIT, evidence="SIGUSR2")
+    found = ranks[0].behind(asked, "the last checkpoint was not committed", at_boundary=True)
+    assert found.cause is Cause.TIME_LIMIT
+    assert found.evidence == "the last checkpoint was not committed; asked to stop by SIGUSR2"
+
+
+def test_no_boundary_because_a_rank_is_dead(ranks):
+    neighbour(ranks[0], 1, alive=False)
+    asked = Verdict(cause=Cause.SIGNAL, evidence="SIGTERM", already_requeued=True)
+    found = ranks[0].behind(asked, "the ranks could not agree", at_boundary=False)
+    assert (found.cause, found.nodes, found.already_requeued) == (Cause.CRASH, ("n1",), True)
+    assert found.evidence.startswith("rank 1 on n1: its process")
+
+
+def test_without_a_store_a_rank_speaks_for_itself(tmp_path):
+    class Gone(dist.HashStore):
+        def check(self, *_):
+            raise RuntimeError("Connection reset by peer")
+
+        compare_set = set = check
+
+    peers = Peers(environment(), Gone(), None, "x")
+    peers.store = Gone()
+    faults = Faults(environment(), peers, tmp_path, OomKills.read(), pause=lambda _: None)
+    assert faults.of(ValueError("x"), begun=True).cause is Cause.CRASH
+    neighbour(faults, 1, alive=False)
+    assert faults.of(RendezvousError("rank 0 is gone"), begun=True).cause is Cause.CRASH
+
+
+def test_there_and_back():
+    fault = Fault(cause=Cause.HANG, evidence="e", nodes=("a",), mistake=True, exit_code=2)
+    assert Fault.from_json(fault.to_json()) == fault
