@@ -184,7 +184,8 @@ class _Trace:
 
     def _last_step(self, folder: Path) -> int | None:
         if self.ended is not None and isinstance(self.ended.get("step"), int):
-            return int(self.ended["step"])
+            # One that ended before it restored anything counted from nowhere.
+            return None if self.first_step is None else int(self.ended["step"])
         steps = [event["step"] for event in self.events if isinstance(event.get("step"), int)]
         metrics = [_last_metric_step(path) for path in folder.glob("metrics-rank-*.jsonl")]
         steps += [step + 1 for step in metrics if step is not None]  # a metric's step counts from 0
