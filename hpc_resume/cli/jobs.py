@@ -84,6 +84,7 @@ def submit(
 @click.pass_context
 def script(ctx: click.Context, files: Sequence[str], options: Sequence[str], run_dir: str | None) -> None:
     """Print the sbatch script that runs a command, which comes after --."""
+    from hpc_resume.launch.check import check_times
     from hpc_resume.launch.entry import CommandEntry
     from hpc_resume.launch.script import render
     from hpc_resume.launch.submit import resolve
@@ -94,6 +95,8 @@ def script(ctx: click.Context, files: Sequence[str], options: Sequence[str], run
             "no command was given; put it after --, such as: hpc-resume script -- python train.py"
         )
     config = resolve(CommandEntry(command=command), _load(files, options), run_dir=run_dir, kwargs={})
+    for warning in check_times(config.replace(scheduler="slurm")):
+        click.echo(f"hpc-resume: warning: {warning}", err=True)
     click.echo(render(config, command=command, run_dir=Path(config.run_dir)), nl=False)
 
 

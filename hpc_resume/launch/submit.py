@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 from hpc_resume.config import Config
 from hpc_resume.errors import UsageError
+from hpc_resume.launch.check import check_times
 from hpc_resume.launch.entry import CommandEntry, Entry, make_entry
 from hpc_resume.launch.handle import JobHandle, jobs_folder, live_job
 from hpc_resume.launch.onemachine import OneMachineExecutor, clean_environment
@@ -68,6 +70,8 @@ def submit_entry(
             "scheduler: slurm, but there is no sbatch on PATH; submit from a login node of the cluster, or run on "
             "this machine: -o scheduler=local, in Python config={'scheduler': 'local'}"
         )
+    for warning in check_times(resolved):
+        sys.stderr.write(f"hpc_resume: warning: {warning}\n")
     run.create(resolved.name)
     jobs_folder(run.root).mkdir(exist_ok=True)
     config_path = resolved.store(run)
