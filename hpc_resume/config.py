@@ -26,6 +26,7 @@ from hpc_resume.errors import ConfigError
 from hpc_resume.files import DISK, Filesystem
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.settings import (
+    ArraySettings,
     BudgetSettings,
     CheckpointSettings,
     EntrySettings,
@@ -72,6 +73,7 @@ class Config(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     stop: StopSettings = StopSettings()
     budget: BudgetSettings = BudgetSettings()
+    array: ArraySettings = ArraySettings()
     entry: EntrySettings = EntrySettings()
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
