@@ -193,16 +193,21 @@ class Config(Settings):
 
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 of :meth:`to_yaml`."""
-        return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:16]
+        return _digest(self.to_yaml())
 
     def store(self, run: RunDirectory | Path, *, fs: Filesystem = DISK) -> Path:
         """Write ``configs/DIGEST.yaml`` unless it is there, and return its path."""
         folder = (run if isinstance(run, RunDirectory) else RunDirectory(run)).configs
-        path = folder / f"{self.digest()}.yaml"
+        text = self.to_yaml()
+        path = folder / f"{_digest(text)}.yaml"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            fs.write_file(path, self.to_yaml().encode())
+            fs.write_file(path, text.encode())
         return path
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:

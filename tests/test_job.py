@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,31 @@ def test_no_more_than_at_once_run_at_the_same_time(here):
     assert set(sweep.wait(100).values()) == {"COMPLETED"}
     records = [job._handle.submitit_job().paths.result_pickle.stat().st_mtime for job in sweep]
     assert records == sorted(records)
+
+
+def train_element(seed, gates):
+    from tests.run.training import train_slowly
+
+    train_slowly(seed, gates, 500)
+
+
+def test_a_run_of_an_array_is_preempted_and_goes_on_by_itself(here):
+    sweep = submit(
+        train_element, grid(seed=range(2)), config={"name": "gpt", "array": {"at_once": 2}}, gates=str(here)
+    )
+    while not all(each.step > 3 for each in sweep.status()):
+        assert {each.state for each in sweep.status()} <= {"waiting", "running"}, sweep[0].log()
+        time.sleep(0.1)
+    sweep[0].preempt()
+    while len(sweep[0].status().attempts) < 2:
+        assert sweep[0].state in {"RUNNING", "PENDING"}, sweep[0].log()
+        time.sleep(0.1)
+    for seed in ("0", "1"):
+        (here / seed).touch()
+    assert set(sweep.wait(100).values()) == {"COMPLETED"}
+    found = Sweep(sweep.folder).status()
+    assert [(each.state, each.step, each.attempts) for each in found] == [("done", 500, 2), ("done", 500, 1)]
+    first = sweep[0].status().attempts[0]
+    assert (first.cause, first.steps_lost) == ("preemption", 0)
+    assert sweep.table().columns == ("seed", "state", "step", "attempts", "job", "loss")
+    assert all(each.metrics["loss"] > 0 for each in found)

@@ -1,17 +1,15 @@
 """Arrays of runs on the real Slurm: each element lives, is interrupted and ends by itself."""
 
-import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import hpc_resume as hr
 from hpc_resume.checkpoint.verify import verify_run
 from hpc_resume.journal import read_events
 from hpc_resume.launch.handle import OVER, find_jobs
 from hpc_resume.scheduler.site import SlurmSite
-from tests.run.training import GLOBAL_BATCH, Samples
+from tests.run.training import train_slowly
 
 STEPS = 1000
 ROOT = Path(__file__).parents[2]
@@ -25,20 +23,7 @@ CONFIG = {
 
 
 def train_element(seed, gates):
-    """Train slowly until there is a file that lets this run finish; it would take minutes else."""
-    with hr.Run(checkpoint={"every_steps": 20, "every_s": None}, seed=seed) as run:
-        net = torch.nn.Linear(16, 1)
-        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
-        data = run.loader(Samples(), global_batch=GLOBAL_BATCH)
-        run.track(model=net, optimizer=optimizer, data=data)
-        for _, (_, x, y) in run.steps(data, until=STEPS):
-            loss = (net(x).squeeze(-1) - y).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            run.log(loss=loss)
-            if not Path(gates, str(seed)).exists():
-                time.sleep(0.2)
+    train_slowly(seed, gates, STEPS)
 
 
 def count_to(seed, file):
