@@ -74,13 +74,13 @@ class Plan:
             }
         )
 
-    def write(self) -> None:
-        """Write the plan to its :attr:`path`."""
-        self.path.write_text(json.dumps(dataclasses.asdict(self), indent=1))
+    def write(self, path: Path) -> None:
+        """Write the plan as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1))
 
     @property
     def path(self) -> Path:
-        """Where the plan lies."""
+        """Where the controller finds the plan."""
         return Path(self.folder) / f"{self.job_id}_plan.json"
 
     @property

@@ -15,7 +15,7 @@ from hpc_resume.launch.chain import Chain
 from hpc_resume.rundir import RunDirectory
 
 if TYPE_CHECKING:
-    from hpc_resume.scheduler.site import SlurmSite
+    from hpc_resume.scheduler.arrays import SlurmArrays
 
 SCHEMA = 1
 #: States after which nothing more happens.
@@ -235,7 +235,7 @@ def latest_job(run_dir: Path) -> JobHandle:
     return jobs[-1]
 
 
-def states_of(jobs: Sequence[JobHandle], *, site: SlurmSite | None = None) -> list[str]:
+def states_of(jobs: Sequence[JobHandle], *, slurm: SlurmArrays | None = None) -> list[str]:
     """Tell how many jobs are, as :meth:`JobHandle.state` does one; Slurm is asked once for all.
 
     Raises
@@ -245,9 +245,9 @@ def states_of(jobs: Sequence[JobHandle], *, site: SlurmSite | None = None) -> li
     """
     remembered: dict[str, str] = {}
     if any(job.scheduler == "slurm" for job in jobs):
-        from hpc_resume.scheduler.site import SlurmSite
+        from hpc_resume.scheduler.arrays import SlurmArrays
 
-        remembered = (site or SlurmSite()).job_states()
+        remembered = (slurm or SlurmArrays()).job_states()
     return [remembered.get(job.job_id, "GONE") if job.scheduler == "slurm" else job.state() for job in jobs]
 
 

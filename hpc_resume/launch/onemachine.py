@@ -209,7 +209,7 @@ def start_controller(
 
 def hold(plan: Plan) -> None:
     """Write a job down as one that waits, and that this process looks after."""
-    plan.write()
+    plan.write(plan.path)
     initial_state(plan, pid=os.getpid()).write(plan.state_path)
 
 

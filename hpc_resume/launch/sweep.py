@@ -32,7 +32,7 @@ from hpc_resume.launch.submit import (
 )
 from hpc_resume.launch.waitlist import start_waitlist
 from hpc_resume.rundir import RunDirectory
-from hpc_resume.scheduler.site import SlurmSite, is_submit_limit
+from hpc_resume.scheduler.arrays import SlurmArrays, is_submit_limit
 from hpc_resume.sweepdir import SweepDirectory
 
 #: Ways to go on in which a job stays the same element of its array.
@@ -100,7 +100,7 @@ def submit_sweep(
     run_dir: str | Path | None,
     kwargs: Mapping[str, Any],
     finished: Callable[[Path], bool],
-    site: SlurmSite | None = None,
+    slurm: SlurmArrays | None = None,
 ) -> Submission:
     """Submit those runs of a grid that are neither done nor in a queue.
 
@@ -116,7 +116,7 @@ def submit_sweep(
         Arguments that all runs have in common.
     finished
         Tells from a run's directory whether it is done.
-    site
+    slurm
         The Slurm cluster; a test gives its own.
 
     Raises
@@ -126,7 +126,7 @@ def submit_sweep(
     SchedulerError
         If the scheduler takes none of them.
     """
-    site = site or SlurmSite()
+    slurm = slurm or SlurmArrays()
     elements = elements_of(runs)
     entries = _entries(target, elements, kwargs)
     resolved = resolve(entries[0], config, run_dir=run_dir, kwargs={})
@@ -140,11 +140,11 @@ def submit_sweep(
     for each in planned:
         check_run_directory(each.run)
     jobs = {each.element.name: find_jobs(each.run.root) for each in planned}
-    live = _live(jobs, site)
+    live = _live(jobs, slurm)
     done = {each.element.name for each in planned if _is_done(each, jobs[each.element.name], finished)} - live
     to_do = [each for each in planned if each.element.name not in live | done]
     if resolved.scheduler == "slurm" and to_do:
-        largest = site.largest_array()
+        largest = slurm.largest_array()
 
     sweep.create(resolved.name)
     jobs_folder(sweep.root).mkdir(exist_ok=True)
@@ -259,10 +259,10 @@ def _is_done(planned: PlannedRun, jobs: Sequence[JobHandle], finished: Callable[
     return bool(last == planned.config.model_dump(mode="json")["entry"]["kwargs"])
 
 
-def _live(jobs: Mapping[str, Sequence[JobHandle]], site: SlurmSite) -> set[str]:
+def _live(jobs: Mapping[str, Sequence[JobHandle]], slurm: SlurmArrays) -> set[str]:
     """Names of the runs that have a job which is not over."""
     named = [(name, job) for name, each in jobs.items() for job in each]
-    states = states_of([job for _, job in named], site=site)
+    states = states_of([job for _, job in named], slurm=slurm)
     return {
         name
         for (name, _), state in zip(named, states, strict=True)

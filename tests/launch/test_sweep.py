@@ -13,8 +13,8 @@ from hpc_resume.launch.grid import grid
 from hpc_resume.launch.handle import find_jobs, latest_job
 from hpc_resume.launch.sweep import submit_sweep
 from hpc_resume.rundir import RunDirectory
+from hpc_resume.scheduler.arrays import SlurmArrays
 from hpc_resume.scheduler.command import Completed
-from hpc_resume.scheduler.site import SlurmSite
 
 SBATCH = r"""#!/bin/bash
 cd {folder}
@@ -94,7 +94,7 @@ def submit(site, runs, *, target="gpt.py:train", config=None, done=(), run_dir=N
         run_dir=run_dir,
         kwargs=kwargs,
         finished=lambda run: run.name in done,
-        site=SlurmSite(site.run),
+        slurm=SlurmArrays(site.run),
     )
 
 

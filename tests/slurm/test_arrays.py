@@ -8,7 +8,7 @@ import hpc_resume as hr
 from hpc_resume.checkpoint.verify import verify_run
 from hpc_resume.journal import read_events
 from hpc_resume.launch.handle import OVER, find_jobs
-from hpc_resume.scheduler.site import SlurmSite
+from hpc_resume.scheduler.arrays import SlurmArrays
 from tests.run.training import train_slowly
 
 STEPS = 1000
@@ -165,7 +165,7 @@ def test_each_element_is_interrupted_cancelled_and_continued_by_itself(python):
 @pytest.mark.timeout(300)
 def test_several_arrays_keep_to_one_limit(python, monkeypatch):
     cluster = python
-    monkeypatch.setattr(SlurmSite, "largest_array", lambda self: 2)
+    monkeypatch.setattr(SlurmArrays, "largest_array", lambda self: 2)
     note = cluster.work / "note.txt"
     sweep = hr.submit(
         count_to,

@@ -4,8 +4,8 @@ import subprocess
 import pytest
 
 from hpc_resume.errors import SchedulerError
+from hpc_resume.scheduler.arrays import SlurmArrays, is_submit_limit
 from hpc_resume.scheduler.command import Completed
-from hpc_resume.scheduler.site import SlurmSite, is_submit_limit
 
 CONFIG = """Configuration data as of 2026-11-24T17:49:00
 MaxArraySize            = {size}
@@ -14,13 +14,13 @@ SchedulerParameters     = {parameters}
 """
 
 
-def site(out="", *, code=0, err="", asked=None):
+def slurm(out="", *, code=0, err="", asked=None):
     def run(words, timeout_s):
         if asked is not None:
             asked.append(list(words))
         return Completed(code=code, out=out, err=err)
 
-    return SlurmSite(run)
+    return SlurmArrays(run)
 
 
 @pytest.mark.parametrize(
@@ -28,19 +28,19 @@ def site(out="", *, code=0, err="", asked=None):
     [(1001, "bf_interval=1", 1001), (1001, "bf_interval=1,max_array_tasks=100,x=2", 100), (4, "(null)", 4)],
 )
 def test_how_large_an_array_may_be(size, parameters, largest):
-    assert site(CONFIG.format(size=size, parameters=parameters)).largest_array() == largest
+    assert slurm(CONFIG.format(size=size, parameters=parameters)).largest_array() == largest
 
 
 def test_a_site_without_arrays():
     with pytest.raises(SchedulerError, match="allows no job arrays"):
-        site(CONFIG.format(size=0, parameters="")).largest_array()
+        slurm(CONFIG.format(size=0, parameters="")).largest_array()
     with pytest.raises(SchedulerError, match="no MaxArraySize"):
-        site("nothing of the kind\n").largest_array()
+        slurm("nothing of the kind\n").largest_array()
 
 
 def test_all_jobs_in_one_question():
     asked = []
-    states = site("9_0 RUNNING\n9_1 PENDING\n12 COMPLETED\n", asked=asked).job_states()
+    states = slurm("9_0 RUNNING\n9_1 PENDING\n12 COMPLETED\n", asked=asked).job_states()
     assert states == {"9_0": "RUNNING", "9_1": "PENDING", "12": "COMPLETED"}
     assert asked == [
         ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i %T"]
@@ -49,7 +49,7 @@ def test_all_jobs_in_one_question():
 
 def test_no_answer_is_an_error():
     with pytest.raises(SchedulerError, match=r"squeue .*: slurm_load_jobs error"):
-        site(code=1, err="slurm_load_jobs error: Unable to contact slurm controller").job_states()
+        slurm(code=1, err="slurm_load_jobs error: Unable to contact slurm controller").job_states()
 
     def missing(words, timeout_s):
         raise FileNotFoundError
@@ -58,9 +58,9 @@ def test_no_answer_is_an_error():
         raise subprocess.TimeoutExpired(words, timeout_s)
 
     with pytest.raises(SchedulerError, match="no squeue on PATH"):
-        SlurmSite(missing).job_states()
+        SlurmArrays(missing).job_states()
     with pytest.raises(SchedulerError, match="no answer within 60 s"):
-        SlurmSite(late).job_states()
+        SlurmArrays(late).job_states()
 
 
 @pytest.mark.parametrize(

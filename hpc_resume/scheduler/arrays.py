@@ -17,8 +17,8 @@ _COMMAND_TIMEOUT_S = 60.0
 _SUBMIT_LIMIT = re.compile(r"(?:Assoc|QOS)\w*Submit\w*Limit|job submit limit", re.IGNORECASE)
 
 
-class SlurmSite:
-    """The cluster that this machine's Slurm commands speak of.
+class SlurmArrays:
+    """Job arrays of this user, on the cluster that the Slurm commands of this machine speak of.
 
     Parameters
     ----------
