@@ -279,7 +279,11 @@ def test_no_answer_of_the_queue_submits_nothing(site):
             "node_types: the elements of a job array ask for the same, but there are a100, v100",
         ),
         *(
-            (grid(lr=[1]), {"config": {"continuation": kind}}, f"{kind} continues a run in other jobs.*requeue or exit")
+            (
+                grid(lr=[1]),
+                {"config": {"continuation": kind}},
+                f"{kind} continues a run in other jobs.*requeue or exit",
+            )
             for kind in ("chain", "array", "login")
         ),
         (grid(lr=[1]), {"config": {"array": {"at_once": 0}}}, "array.at_once"),

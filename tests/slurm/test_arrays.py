@@ -162,6 +162,33 @@ def test_each_element_is_interrupted_cancelled_and_continued_by_itself(python):
     assert left_in_queue(cluster) == []
 
 
+@pytest.mark.timeout(400)
+def test_the_batch_script_of_an_element_continues_it(python):
+    cluster = python
+    gates = cluster.work / "gates-of-two"
+    gates.mkdir()
+    config = {**CONFIG, "name": "two", "continuation": "exit"}
+    sweep = hr.submit(train_element, hr.grid(seed=range(2)), config=config, gates=str(gates))
+    watch = Watch(cluster, sweep, at_once=2)
+    for place in (0, 1):
+        watch.wait_for_progress(place)
+    warn(cluster, sweep[1].id)
+    watch.wait_for(lambda: cluster.job(sweep[1].id)["Restarts"] == "1", 60, "element 1 is requeued")
+    for place in (0, 1):
+        (gates / str(place)).touch()
+    assert list(watch.wait_until_over(200).values()) == ["COMPLETED", "COMPLETED"]
+    assert [(each.state, each.step, each.attempts) for each in sweep.status()] == [
+        ("done", STEPS, 1),
+        ("done", STEPS, 2),
+    ]
+    said = (sweep.folder / "jobs" / f"{sweep[1].id}.log").read_text()
+    assert f"exit code 75, so job {sweep[1].id} is requeued" in said
+    notes = {path.name for path in (sweep[1].run_dir / "continuation").iterdir()}
+    assert f"latest-{sweep[1].id}" in notes
+    assert not any(name.startswith("script") for name in notes)  # it would be the whole array's
+    assert left_in_queue(cluster) == []
+
+
 @pytest.mark.timeout(300)
 def test_several_arrays_keep_to_one_limit(python, monkeypatch):
     cluster = python
