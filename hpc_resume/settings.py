@@ -178,6 +178,13 @@ class BudgetSettings(Settings):
     longest_backoff_s: Lead = 1800.0
 
 
+class ArraySettings(Settings):
+    """How the runs of an array share the machines."""
+
+    at_once: Count | None = None
+    """How many of them run at the same time at most; without it Slurm decides, and the embedded one takes 1."""
+
+
 class EntrySettings(Settings):
     """What is run; recorded by submit."""
 

@@ -25,7 +25,7 @@ from hpc_resume.files import DISK, Clock
 from hpc_resume.launch.attempt import Allocation, Attempt, Process, Times
 from hpc_resume.policy.exits import Outcome, after_exit
 from hpc_resume.rundir import RunDirectory
-from hpc_resume.scheduler.local import LocalState, process_ticks, state_path
+from hpc_resume.scheduler.local import LocalState, cancel_path, process_ticks, state_path
 
 _POLL_S = 1 / 16
 #: An attempt that is over sooner is followed by a pause, so that a program that always asks to be continued
@@ -79,6 +79,16 @@ class Plan:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1))
 
     @property
+    def path(self) -> Path:
+        """Where the controller finds the plan."""
+        return Path(self.folder) / f"{self.job_id}_plan.json"
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the job was cancelled, perhaps before it had a controller."""
+        return cancel_path(Path(self.folder), self.job_id).exists()
+
+    @property
     def state_path(self) -> Path:
         """The job's state file."""
         return state_path(Path(self.folder), self.job_id)
@@ -130,7 +140,8 @@ class Controller:
 
     def run(self) -> LocalState:
         """Give allocations until the job is over, and return its last state."""
-        self._write()
+        self._write()  # from now on, this process is the one to signal
+        self._cancel = self._cancel or self.plan.cancelled
         try:
             return self._run()
         except Exception as error:
