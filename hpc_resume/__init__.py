@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from hpc_resume.config import Config
     from hpc_resume.exchange.dcpreader import DcpReader
     from hpc_resume.exchange.dcpwriter import DcpWriter
-    from hpc_resume.job import Job, submit
+    from hpc_resume.job import Job, Sweep, submit
+    from hpc_resume.launch.grid import Grid, grid
     from hpc_resume.run.run import Run
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "DcpReader",
     "DcpWriter",
     "FencedError",
+    "Grid",
     "HpcResumeError",
     "IntegrityError",
     "Interrupted",
@@ -54,9 +56,11 @@ __all__ = [
     "SaveError",
     "SchedulerError",
     "StateError",
+    "Sweep",
     "TensorNotFound",
     "UsageError",
     "__version__",
+    "grid",
     "submit",
 ]
 
@@ -65,8 +69,11 @@ _LAZY = {
     "Config": "hpc_resume.config",
     "DcpReader": "hpc_resume.exchange.dcpreader",
     "DcpWriter": "hpc_resume.exchange.dcpwriter",
+    "Grid": "hpc_resume.launch.grid",
     "Job": "hpc_resume.job",
     "Run": "hpc_resume.run.run",
+    "Sweep": "hpc_resume.job",
+    "grid": "hpc_resume.launch.grid",
     "submit": "hpc_resume.job",
 }
 

@@ -26,6 +26,7 @@ from hpc_resume.errors import ConfigError
 from hpc_resume.files import DISK, Filesystem
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.settings import (
+    ArraySettings,
     BudgetSettings,
     CheckpointSettings,
     EntrySettings,
@@ -73,6 +74,7 @@ class Config(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     stop: StopSettings = StopSettings()
     budget: BudgetSettings = BudgetSettings()
+    array: ArraySettings = ArraySettings()
     site: SiteSettings = SiteSettings()
     entry: EntrySettings = EntrySettings()
 
@@ -193,16 +195,21 @@ class Config(Settings):
 
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 of :meth:`to_yaml`."""
-        return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:16]
+        return _digest(self.to_yaml())
 
     def store(self, run: RunDirectory | Path, *, fs: Filesystem = DISK) -> Path:
         """Write ``configs/DIGEST.yaml`` unless it is there, and return its path."""
         folder = (run if isinstance(run, RunDirectory) else RunDirectory(run)).configs
-        path = folder / f"{self.digest()}.yaml"
+        text = self.to_yaml()
+        path = folder / f"{_digest(text)}.yaml"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            fs.write_file(path, self.to_yaml().encode())
+            fs.write_file(path, text.encode())
         return path
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -86,15 +86,29 @@ class RunDirectory:
         """Where who started an attempt's ranks leaves their exit codes, until the next attempt has read them."""
         return self.attempts / f".exit-{job_id}-{restart_count}.json"
 
-    def create(self, name: str, *, fs: Filesystem = DISK, clock: Clock = time.time) -> JsonObject:
+    def create(
+        self,
+        name: str,
+        *,
+        arguments: JsonObject | None = None,
+        fs: Filesystem = DISK,
+        clock: Clock = time.time,
+    ) -> JsonObject:
         """Make the folders and ``run.json`` if they are not there yet.
 
         Safe when several processes do it at once: the first identity that is linked in place stays.
 
+        Parameters
+        ----------
+        name
+            What the run is called.
+        arguments
+            Those that tell it from the other runs of its array, if it is one of an array.
+
         Returns
         -------
         dict
-            The identity: ``run_id``, ``name``, ``created`` (Unix seconds), ``schema``.
+            The identity: ``run_id``, ``name``, ``created`` (Unix seconds), ``schema``, perhaps ``arguments``.
 
         Raises
         ------
@@ -113,6 +127,7 @@ class RunDirectory:
             ) from error
         if not self.identity_path.exists():
             identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, "name": name, "created": clock()}
+            identity |= {} if arguments is None else {"arguments": arguments}
             draft = self.root / f".run.json.{uuid.uuid4().hex}"
             try:
                 fs.write_file(draft, sealed(identity))

@@ -240,6 +240,13 @@ class SiteSettings(Settings):
     """Files below ``run_dir`` that nobody has touched for so long are deleted by the site."""
 
 
+class ArraySettings(Settings):
+    """How the runs of an array share the machines."""
+
+    at_once: Count | None = None
+    """How many of them run at the same time at most; without it Slurm decides, and the embedded one takes 1."""
+
+
 class EntrySettings(Settings):
     """What is run; recorded by submit."""
 

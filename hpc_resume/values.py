@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,16 @@ def parse_value(text: str) -> Any:
     return value
 
 
-def parse_assignments(pairs: Sequence[str], *, flag: str) -> dict[str, Any]:
-    """Read ``["lr=1e-3", ...]``.
+def parse_list(text: str) -> list[Any]:
+    """Read ``"1e-3,3e-4"`` as YAML reads what stands between brackets."""
+    values = parse_value(f"[{text}]")
+    return values if isinstance(values, list) else [text]
+
+
+def parse_assignments(
+    pairs: Sequence[str], *, flag: str, parse: Callable[[str], Any] = parse_value
+) -> dict[str, Any]:
+    """Read ``["lr=1e-3", ...]``; ``parse`` reads what is right of the ``=``.
 
     Raises
     ------
@@ -62,7 +70,7 @@ def parse_assignments(pairs: Sequence[str], *, flag: str) -> dict[str, Any]:
             raise ConfigError(f"{flag} {pair}: no assignment; write {flag} name=value")
         if key.strip() in values:
             raise ConfigError(f"{flag} {pair}: {key.strip()} is given twice; leave one out")
-        values[key.strip()] = parse_value(text)
+        values[key.strip()] = parse(text)
     return values
 
 

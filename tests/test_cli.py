@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from hpc_resume import cli
 from hpc_resume.checkpoint.verify import Finding
-from hpc_resume.job import Job
+from hpc_resume.job import Job, Sweep
 from hpc_resume.journal import write_line
 from hpc_resume.launch.handle import find_jobs
 from hpc_resume.rundir import RunDirectory, sealed
@@ -39,8 +39,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     (tmp_path / "gpt.py").write_text(SCRIPT)
     yield tmp_path
-    for run in (tmp_path / "runs").glob("*"):
-        for job in find_jobs(run):
+    for run in (tmp_path / "runs").glob("**/jobs/.."):
+        for job in find_jobs(run.resolve()):
             record = job.submitit_job().state_record()
             if record.alive():
                 os.kill(record.controller_pid, signal.SIGKILL)
@@ -197,6 +197,38 @@ def test_cancel_ends_a_job_and_says_how_it_was(here):
     assert f"job {job.id} is CANCELLED already" in call("cancel", "runs/gpt").stderr
 
 
+def test_a_grid_is_an_array_of_runs(here):
+    words = ["submit", "gpt.py:train", "--grid", "lr=1e-3,3e-4", "--grid", "until=null"]
+    shown = call(*words, "-o", "array.at_once=2", "--wait")
+    assert (shown.exit_code, shown.stdout) == (0, f"{here / 'runs' / 'gpt'}\n")
+    assert "2 runs submitted as job" in shown.stderr
+    assert "hpc-resume status runs/gpt" in shown.stderr
+    assert "gpt: 2 runs: 2 done" in shown.stderr
+    sweep = Sweep("runs/gpt")
+    assert sweep.names == ("lr=0.001,until=None", "lr=0.0003,until=None")
+    assert [job.result() for job in sweep] == [1e-3, 3e-4]
+    assert call("status", "runs/gpt").stdout.splitlines()[0] == "gpt: 2 runs: 2 done"
+    rows = json.loads(call("status", "runs/gpt", "--json").stdout)
+    assert [row["arguments"] for row in rows] == [{"lr": 1e-3, "until": None}, {"lr": 3e-4, "until": None}]
+    again = call(*words, "--json")
+    assert "2 runs done already, not submitted again" in again.stderr
+    assert [row["state"] for row in json.loads(again.stdout)] == ["done", "done"]
+    assert call("status", "runs/gpt/lr=0.001,until=None").stdout.startswith("gpt lr=0.001,until=None: done")
+
+
+def test_one_run_of_an_array_that_fails_is_exit_code_1(here):
+    shown = call("submit", "gpt.py:train", "--grid", "lr=1,bad", "--wait")
+    assert shown.exit_code == 1
+    assert "gpt: 2 runs: 1 done, 1 failed" in shown.stderr
+
+
+def test_cancel_ends_all_runs_of_an_array(here):
+    call("submit", "gpt.py:train", "--grid", "lr=1,2,3", "--set", f"until={here / 'never'}")
+    assert "3 of 3 runs had a job; cancelled" in call("cancel", "runs/gpt").stderr
+    assert set(Sweep("runs/gpt").wait(60).values()) == {"CANCELLED"}
+    assert "0 of 3 runs had a job; cancelled" in call("cancel", "runs/gpt").stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -212,6 +244,10 @@ def test_cancel_ends_a_job_and_says_how_it_was(here):
         (("gpt.py:train", "-o", "time_limit_s=10"), "warning_lead_s"),
         (("--", "no-such-program-xyz"), "no such program"),
         (("--set", "lr=1", "--", "true"), "a command takes no arguments from us"),
+        (("--grid", "lr=1", "--", "true"), "--grid: a command takes no arguments from us"),
+        (("gpt.py:train", "--grid", "lr"), "--grid lr: no assignment"),
+        (("gpt.py:train", "--grid", "lr="), "lr has no values"),
+        (("gpt.py:train", "--grid", "lrr=1,2"), "did you mean lr? (in lrr=1, lrr=2)"),
     ],
 )
 def test_a_mistake_is_one_message_and_writes_nothing(here, words, message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,7 @@ from hpc_resume.cli.common import (
 from hpc_resume.errors import EXIT_FAILED, HpcResumeError, UsageError
 
 if TYPE_CHECKING:
+    from hpc_resume.config import Config
     from hpc_resume.job import Job
     from hpc_resume.launch.resubmit import Answer
 
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
 @files_option
 @options_option
 @click.option("--set", "arguments", multiple=True, metavar="KEY=VALUE", help="An argument of the function.")
+@click.option(
+    "--grid",
+    "lists",
+    multiple=True,
+    metavar="KEY=V1,V2,...",
+    help="Values of an argument: one run for each combination, all in one job array.",
+)
 @run_dir_option
 @click.option(
     "--wait", is_flag=True, help="Wait for the end, telling what happens; leaves with 1 if it fails."
@@ -47,23 +55,32 @@ def submit(
     files: Sequence[str],
     options: Sequence[str],
     arguments: Sequence[str],
+    lists: Sequence[str],
     run_dir: str | None,
     wait: bool,
     as_json: bool,
 ) -> None:
     """Submit a run: TARGET is FILE.py:FUNCTION or MODULE:FUNCTION; or give a command after --.
 
-    Prints the run's folder.
+    Prints the run's folder. With --grid, an array of runs: of those, only what is neither done nor in the queue.
     """
     from hpc_resume.job import Job
     from hpc_resume.launch.entry import make_entry
     from hpc_resume.launch.submit import submit_entry
-    from hpc_resume.values import parse_assignments
+    from hpc_resume.values import parse_assignments, parse_list
 
     command: list[str] | None = ctx.meta.get(COMMAND)
     if (target is None) == (command is None):
         raise UsageError("give either FILE.py:FUNCTION or, after --, a command: hpc-resume submit --help")
     kwargs = parse_assignments(arguments, flag="--set")
+    if lists:
+        if target is None:
+            raise UsageError("--grid: a command takes no arguments from us; give FILE.py:FUNCTION")
+        grid = parse_assignments(lists, flag="--grid", parse=parse_list)
+        _submit_grid(
+            ctx, target, grid, kwargs, load_config(files, options), run_dir, wait=wait, as_json=as_json
+        )
+        return
     entry = make_entry(target or command or [], kwargs)
     job = Job(submit_entry(entry, load_config(files, options), run_dir=run_dir, kwargs=kwargs))
     if not as_json:
@@ -77,6 +94,37 @@ def submit(
         ctx.exit(EXIT_FAILED)
 
 
+def _submit_grid(
+    ctx: click.Context,
+    target: str,
+    lists: dict[str, list[Any]],
+    kwargs: dict[str, Any],
+    config: Config,
+    run_dir: str | None,
+    *,
+    wait: bool,
+    as_json: bool,
+) -> None:
+    from hpc_resume.job import Sweep, submit_grid
+    from hpc_resume.launch.grid import grid
+
+    submission = submit_grid(target, grid(**lists), config, run_dir=run_dir, kwargs=kwargs)
+    sweep = Sweep.submitted(submission)
+    if not as_json:
+        click.echo(str(sweep.folder))
+    click.echo("\n".join(submission.sentences()), err=True)
+    click.echo(f"look at them: hpc-resume status {_short(sweep.folder)}", err=True)
+    if wait:
+        sweep.wait()
+    status = sweep.status()
+    if as_json:
+        print_json([each.to_json() for each in status])
+    elif wait:
+        click.echo("\n".join(Sweep(sweep.folder, sweep.names).table().lines()), err=True)
+    if submission.left or (wait and any(each.state != "done" for each in status)):
+        ctx.exit(EXIT_FAILED)
+
+
 @main.command(cls=BeforeCommand)
 @files_option
 @options_option
@@ -84,6 +132,7 @@ def submit(
 @click.pass_context
 def script(ctx: click.Context, files: Sequence[str], options: Sequence[str], run_dir: str | None) -> None:
     """Print the sbatch script that runs a command, which comes after --."""
+    from hpc_resume.launch.check import check_times
     from hpc_resume.launch.entry import CommandEntry
     from hpc_resume.launch.script import render
     from hpc_resume.launch.submit import resolve
@@ -94,6 +143,8 @@ def script(ctx: click.Context, files: Sequence[str], options: Sequence[str], run
             "no command was given; put it after --, such as: hpc-resume script -- python train.py"
         )
     config = resolve(CommandEntry(command=command), load_config(files, options), run_dir=run_dir, kwargs={})
+    for warning in check_times(config.replace(scheduler="slurm")):
+        click.echo(f"hpc-resume: warning: {warning}", err=True)
     click.echo(render(config, command=command, run_dir=Path(config.run_dir)), nl=False)
 
 
@@ -101,7 +152,15 @@ def script(ctx: click.Context, files: Sequence[str], options: Sequence[str], run
 @run_argument
 @as_json_flag
 def status(run: Path, as_json: bool) -> None:
-    """Tell how a run is: its attempts, why each ended, what was lost."""
+    """Tell how a run is: its attempts, why each ended, what was lost; or how the runs of an array are."""
+    from hpc_resume.sweepdir import SweepDirectory
+
+    if SweepDirectory(run).identity_path.exists():
+        from hpc_resume.job import Sweep
+
+        sweep = Sweep(run)
+        print_json([each.to_json() for each in sweep.status()]) if as_json else print_table(sweep.table())
+        return
     from hpc_resume.report.status import status as read_status
     from hpc_resume.report.tables import status_table
 
@@ -127,9 +186,16 @@ def explain(run: Path, as_json: bool) -> None:
 @main.command()
 @run_argument
 def cancel(run: Path) -> None:
-    """End a run's job for good; its ranks may save first."""
-    from hpc_resume.job import Job
+    """End a run's job for good, or those of an array of runs; ranks may save first."""
+    from hpc_resume.job import Job, Sweep
+    from hpc_resume.sweepdir import SweepDirectory
 
+    if SweepDirectory(run).identity_path.exists():
+        sweep = Sweep(run)
+        alive = [name for name, state in sweep.states().items() if not Job.over(state)]
+        sweep.cancel()
+        click.echo(f"{len(alive)} of {len(sweep)} runs had a job; cancelled", err=True)
+        return
     job = Job.of(run)
     before = job.state
     job.cancel()

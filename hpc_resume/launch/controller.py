@@ -28,7 +28,7 @@ from hpc_resume.launch.attempt import Allocation, Attempt, Process, Times
 from hpc_resume.policy.exits import Outcome, after_exit
 from hpc_resume.policy.inplace import WORDS, starts_again
 from hpc_resume.rundir import RunDirectory
-from hpc_resume.scheduler.local import LocalState, process_ticks, state_path
+from hpc_resume.scheduler.local import LocalState, cancel_path, process_ticks, state_path
 
 _POLL_S = 1 / 16
 #: An attempt that is over sooner is followed by a pause, so that a program that always asks to be continued
@@ -65,7 +65,7 @@ class Plan:
     times: Times
     variables: Mapping[str, str]
     max_idle: int
-    restarts_in_place: int
+    restarts_in_place: int = 0
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -83,6 +83,16 @@ class Plan:
     def write(self, path: Path) -> None:
         """Write the plan as JSON."""
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1))
+
+    @property
+    def path(self) -> Path:
+        """Where the controller finds the plan."""
+        return Path(self.folder) / f"{self.job_id}_plan.json"
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the job was cancelled, perhaps before it had a controller."""
+        return cancel_path(Path(self.folder), self.job_id).exists()
 
     @property
     def state_path(self) -> Path:
@@ -137,7 +147,8 @@ class Controller:
 
     def run(self) -> LocalState:
         """Give allocations until the job is over, and return its last state."""
-        self._write()
+        self._write()  # from now on, this process is the one to signal
+        self._cancel = self._cancel or self.plan.cancelled
         try:
             return self._run()
         except Exception as error:
@@ -213,6 +224,8 @@ class Controller:
             in_place += 1
             self._write(why=f"started again in place after exit codes {attempt.exit_codes}")
             self._pause(step_began_s)
+            if self._cancel:
+                break
         return attempt
 
     def _words(self, known: int) -> list[JsonObject]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hpc_resume.errors import CheckpointNotFound, IntegrityError, UsageError
 from hpc_resume.files import DISK, Clock, Filesystem
 from hpc_resume.launch.chain import Chain
 from hpc_resume.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from hpc_resume.scheduler.arrays import SlurmArrays
 
 SCHEMA = 1
 #: States after which nothing more happens.
@@ -229,6 +233,35 @@ def latest_job(run_dir: Path) -> JobHandle:
             "end it there (Ctrl-C)"
         )
     return jobs[-1]
+
+
+def states_of(jobs: Sequence[JobHandle], *, slurm: SlurmArrays | None = None) -> list[str]:
+    """Tell how many jobs are, as :meth:`JobHandle.state` does one; Slurm is asked once for all.
+
+    Raises
+    ------
+    SchedulerError
+        If Slurm does not answer.
+    """
+    remembered: dict[str, str] = {}
+    if any(job.scheduler == "slurm" for job in jobs):
+        from hpc_resume.scheduler.arrays import SlurmArrays
+
+        remembered = (slurm or SlurmArrays()).job_states()
+    return [remembered.get(job.job_id, "GONE") if job.scheduler == "slurm" else job.state() for job in jobs]
+
+
+def cancel_elements(array: str, elements: Sequence[str]) -> None:
+    """End elements of one of Slurm's job arrays for good, all in one command.
+
+    Raises
+    ------
+    SchedulerError
+        If Slurm refuses.
+    """
+    from hpc_resume.scheduler.slurm import SlurmScheduler
+
+    SlurmScheduler(f"{array}_[{','.join(elements)}]").cancel()
 
 
 def live_job(run_dir: Path) -> JobHandle | None:

@@ -23,10 +23,10 @@ from hpc_resume.errors import IntegrityError, SchedulerError
 from hpc_resume.launch.attempt import Allocation, Times
 from hpc_resume.launch.controller import Plan, initial_state
 from hpc_resume.launch.software import software_lines
-from hpc_resume.scheduler.local import LocalState, state_path
+from hpc_resume.scheduler.local import LocalState, cancel_path, state_path
 
 #: Starting an interpreter on a cold file system takes seconds.
-_START_S = 60.0
+START_S = 60.0
 #: What another launcher left in the environment would be taken for ours.
 _FOREIGN = ("SLURM_", "SLURMD_", "SRUN_", "TORCHELASTIC_", "SUBMITIT_", "HPC_RESUME_")
 _FOREIGN_NAMES = frozenset(
@@ -73,7 +73,10 @@ class OneMachineJob(LocalJob[Any]):
 
     def cancel(self, check: bool = True) -> None:  # noqa: ARG002 - submitit's signature
         """End the job for good; its ranks may save."""
-        self._signal(signal.SIGTERM)
+        if self._reachable().alive():
+            # One that still waits has no process of its own to tell, or gets it just now.
+            cancel_path(self.paths.folder, self.job_id).touch()
+            self._signal(signal.SIGTERM)
 
     def preempt(self) -> None:
         """Take the allocation away, as a more important job would; the next one follows."""
@@ -83,14 +86,18 @@ class OneMachineJob(LocalJob[Any]):
         self.preempt()
 
     def _signal(self, number: int) -> None:
+        record = self._reachable()
+        if record.alive():
+            os.kill(record.controller_pid, number)
+
+    def _reachable(self) -> LocalState:
         record = self.state_record()
         if record.host != os.uname().nodename:
             raise SchedulerError(
                 f"job {self.job_id} runs on {record.host} and can only be reached from there; this is "
                 f"{os.uname().nodename}"
             )
-        if record.alive():
-            os.kill(record.controller_pid, number)
+        return record
 
 
 _OVER = frozenset({"COMPLETED", "FAILED", "CANCELLED"})
@@ -109,18 +116,31 @@ class OneMachineExecutor(LocalExecutor):
         The run's folder.
     variables
         More variables for the ranks.
+    job_id
+        Of the job that is submitted; by default a new one.
+    start
+        Has the job run; by default at once.
     """
 
     job_class = OneMachineJob
 
     def __init__(
-        self, folder: Path, *, config: Config, run_dir: Path, variables: dict[str, str] | None = None
+        self,
+        folder: Path,
+        *,
+        config: Config,
+        run_dir: Path,
+        variables: dict[str, str] | None = None,
+        job_id: str | None = None,
+        start: Callable[[Plan], None] | None = None,
     ) -> None:
         python = config.environment.interpreter
         super().__init__(folder, python=None if python is None else shlex.quote(python))
         self._config = config
         self._run_dir = run_dir
         self._variables = variables or {}
+        self._job_id = job_id
+        self._start = start or start_controller
 
     @classmethod
     def affinity(cls) -> int:
@@ -128,7 +148,7 @@ class OneMachineExecutor(LocalExecutor):
         return 0
 
     def _submit_command(self, command: str) -> OneMachineJob:
-        config, job_id = self._config, new_job_id()
+        config, job_id = self._config, self._job_id or new_job_id()
         plan = Plan(
             job_id=job_id,
             folder=str(self.folder),
@@ -153,7 +173,7 @@ class OneMachineExecutor(LocalExecutor):
             max_idle=config.budget.max_idle,
             restarts_in_place=config.budget.restarts_in_place,
         )
-        start_controller(plan)
+        self._start(plan)
         return OneMachineJob(folder=self.folder, job_id=job_id, tasks=(0,))
 
 
@@ -172,20 +192,10 @@ def start_controller(
     SchedulerError
         If it does not come up; with what it said.
     """
-    folder = Path(plan.folder)
-    plan_path, log_path = folder / f"{plan.job_id}_plan.json", folder / f"{plan.job_id}_controller.log"
-    plan.write(plan_path)
-    initial_state(plan, pid=os.getpid()).write(plan.state_path)
-    with log_path.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hpc_resume.launch.controller", str(plan_path)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=clean_environment(os.environ),
-            start_new_session=True,
-        )
-    deadline = clock() + _START_S
+    hold(plan)
+    log_path = Path(plan.folder) / f"{plan.job_id}_controller.log"
+    process = spawn_detached("hpc_resume.launch.controller", plan.path, log_path)
+    deadline = clock() + START_S
     while LocalState.read(plan.state_path).controller_pid != process.pid:
         if process.poll() is not None or clock() > deadline:
             process.kill()
@@ -197,6 +207,25 @@ def start_controller(
             )
         sleep(0.01)
     process.returncode = 0  # it outlives us: no warning that a child still runs
+
+
+def hold(plan: Plan) -> None:
+    """Write a job down as one that waits, and that this process looks after."""
+    plan.write(plan.path)
+    initial_state(plan, pid=os.getpid()).write(plan.state_path)
+
+
+def spawn_detached(module: str, argument: Path, log_path: Path) -> subprocess.Popen[bytes]:
+    """Run a module with one argument in a process that outlives this one, and holds nothing of it."""
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, str(argument)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=clean_environment(os.environ),
+            start_new_session=True,
+        )
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,28 @@ _OF_NODE_TYPE = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunList:
+    """The runs of a job array, one for each element.
+
+    Parameters
+    ----------
+    path
+        A list with two lines for each element: its run's folder, and the configuration that is stored there.
+    size
+        How many elements there are.
+    at_once
+        How many of them run at the same time at most.
+    after
+        Id of an array that must be over before.
+    """
+
+    path: Path
+    size: int
+    at_once: int | None = None
+    after: str | None = None
+
+
 def render(
     config: Config,
     *,
@@ -65,6 +88,7 @@ def render(
     run_dir: Path,
     config_path: Path | None = None,
     node_type: int = 0,
+    runs: RunList | None = None,
     output: str | None = None,
     rank_output: str | None = None,
     pickles: Path | None = None,
@@ -86,6 +110,9 @@ def render(
     node_type
         Which of the configured node types is asked for, from 0. A job that goes on from this one may ask for
         another: the script knows them all.
+    runs
+        For a job array whose elements are runs of their own; ``run_dir`` is then the folder that they are in,
+        each writes its ranks' logs into its own, and ``command`` may use ``$HPC_RESUME_RUN_DIR``.
     output
         Slurm's pattern of the log; its folder must exist when the job starts.
     rank_output
@@ -103,11 +130,12 @@ def render(
     slurm, asked = config.slurm, config.node_types[node_type]
     several = len(config.node_types) > 1
     exports = dict(config.environment.variables)
-    exports["HPC_RESUME_RUN_DIR"] = str(run_dir)
-    if config_path is not None:
-        exports["HPC_RESUME_CONFIG"] = str(config_path)
-    else:
-        exports.update(_settings_as_variables(config))
+    if runs is None:
+        exports["HPC_RESUME_RUN_DIR"] = str(run_dir)
+        if config_path is not None:
+            exports["HPC_RESUME_CONFIG"] = str(config_path)
+        else:
+            exports.update(_settings_as_variables(config))
     if not several and asked.name != type(asked)().name:
         exports["HPC_RESUME_NODE_TYPE"] = asked.name
     exports.update(variables or {})
@@ -124,9 +152,11 @@ def render(
     queues = config.continuation in {"chain", "array"}
     return fill_in(
         _TEMPLATE,
-        title=f"Job of the run {config.name!r}. Written by hpc_resume {__version__}.",
+        title=f"{'Job of the run' if runs is None else 'Jobs of the runs'} {config.name!r}. "
+        f"Written by hpc_resume {__version__}.",
         run_dir=_one_line("run_dir", str(run_dir)),
-        notes=str(run_dir / NOTES),
+        runs=None if runs is None else _one_line("run_dir", str(runs.path)),
+        notes=shlex.quote(str(run_dir / NOTES)) if runs is None else f"$HPC_RESUME_RUN_DIR/{NOTES}",
         continuation=config.continuation,
         queues=queues,
         remembers=queues or config.continuation == "login",
@@ -138,7 +168,7 @@ def render(
         type_options="|".join(_OF_NODE_TYPE),
         tasks=asked.tasks_per_node,
         pickles=None if pickles is None else str(pickles),
-        directives=list(job_directives(config, asked, output)),
+        directives=job_directives(config, asked, output, runs),
         setup=software_lines(config.environment),
         variables={name: _one_line(name, value) for name, value in exports.items()},
         srun=" ".join([shlex.join(words), *options]),
@@ -226,7 +256,9 @@ def _node_type_values(config: Config, node_type: NodeType) -> dict[str, Any]:
     }
 
 
-def job_directives(config: Config, node_type: NodeType, output: str) -> list[tuple[str | None, str]]:
+def job_directives(
+    config: Config, node_type: NodeType, output: str, runs: RunList | None = None
+) -> list[tuple[str | None, str]]:
     """Give the lines after ``#SBATCH``, each with the comment above it."""
     slurm = config.slurm
     asked = _node_type_values(config, node_type)
@@ -254,12 +286,28 @@ def job_directives(config: Config, node_type: NodeType, output: str) -> list[tup
         "exclude": slurm.exclude,
         "nodelist": slurm.nodelist,
     }
-    options |= {name.replace("_", "-"): value for name, value in slurm.additional_parameters.items()}
+    added = {name.replace("_", "-"): value for name, value in slurm.additional_parameters.items()}
+    why = dict(_WHY)
+    if runs is not None:
+        added |= _array_options(runs, added)
+        why["array"] = "One element for each run."
+    options |= added
     return [
-        (_WHY.get(name), f"--{name}" if value is True else f"--{name}={_directive_value(name, value)}")
+        (why.get(name), f"--{name}" if value is True else f"--{name}={_directive_value(name, value)}")
         for name, value in options.items()
         if value is not None and value is not False
     ]
+
+
+def _array_options(runs: RunList, added: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an array of runs, put together with those that the user has added."""
+    limit = "" if runs.at_once is None else f"%{runs.at_once}"
+    options: dict[str, Any] = {"array": f"0-{runs.size - 1}{limit}"}
+    if runs.after is not None:
+        options["dependency"] = ",".join(
+            filter(None, (f"afterany:{runs.after}", str(added.get("dependency") or "")))
+        )
+    return options
 
 
 def _memory(size_gb: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,12 @@ import yaml
 
 from hpc_resume.config import Config
 from hpc_resume.errors import UsageError
+from hpc_resume.launch.check import check_times
 from hpc_resume.launch.entry import CommandEntry, Entry, make_entry
 from hpc_resume.launch.handle import JobHandle, jobs_folder, live_job
 from hpc_resume.launch.onemachine import OneMachineExecutor, clean_environment
 from hpc_resume.rundir import RunDirectory
+from hpc_resume.sweepdir import SweepDirectory
 
 
 def submit(
@@ -62,12 +65,10 @@ def submit_entry(
     """Submit what :func:`~hpc_resume.launch.entry.make_entry` has checked; see :func:`submit`."""
     resolved = resolve(entry, config, run_dir=run_dir, kwargs=kwargs)
     run = RunDirectory(Path(resolved.run_dir))
-    _check_run_directory(run)
-    if resolved.scheduler == "slurm" and shutil.which("sbatch") is None:
-        raise UsageError(
-            "scheduler: slurm, but there is no sbatch on PATH; submit from a login node of the cluster, or run on "
-            "this machine: -o scheduler=local, in Python config={'scheduler': 'local'}"
-        )
+    check_run_directory(run)
+    _check_no_live_job(run.root)
+    check_scheduler(resolved)
+    warn_of_times(resolved)
     run.create(resolved.name)
     jobs_folder(run.root).mkdir(exist_ok=True)
     config_path = resolved.store(run)
@@ -103,18 +104,41 @@ def resolve(
         settled = settled.replace(name=entry.run_name)
     if run_dir is not None:
         settled = settled.replace(run_dir=str(run_dir))
+    return settled.replace(run_dir=str(settled.run_directory()), entry=recorded_entry(entry, kwargs))
+
+
+def recorded_entry(entry: Entry, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what a run runs as the settings that record it."""
     recorded: dict[str, Any] = {"kwargs": {key: _plain(value) for key, value in kwargs.items()}}
     if isinstance(entry, CommandEntry):
         recorded["command"] = entry.command
     else:
         recorded["target"] = entry.name
-    return settled.replace(run_dir=str(settled.run_directory()), entry=recorded)
+    return recorded
 
 
-def _check_run_directory(run: RunDirectory) -> None:
+def check_scheduler(config: Config) -> None:
+    """Raise UsageError if there is no such scheduler on this machine."""
+    if config.scheduler == "slurm" and shutil.which("sbatch") is None:
+        raise UsageError(
+            "scheduler: slurm, but there is no sbatch on PATH; submit from a login node of the cluster, or run on "
+            "this machine: -o scheduler=local, in Python config={'scheduler': 'local'}"
+        )
+
+
+def warn_of_times(config: Config) -> None:
+    """Tell whoever submits which times can't cover a save, as far as this is known before the run."""
+    for warning in check_times(config):
+        sys.stderr.write(f"hpc_resume: warning: {warning}\n")
+
+
+def check_run_directory(run: RunDirectory) -> None:
+    """Raise UsageError if a folder can't be, or become, a run directory."""
     root = run.root
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root}: is a file, and a run needs a folder; give another run_dir")
+    if SweepDirectory(root).identity_path.exists():
+        raise UsageError(f"{root}: holds an array of runs; give another run_dir, or submit a grid")
     if (
         root.exists()
         and any(root.iterdir())
@@ -124,9 +148,17 @@ def _check_run_directory(run: RunDirectory) -> None:
         raise UsageError(
             f"{root}: is not empty and no run directory (there is no run.json in it); give another run_dir"
         )
+    check_writable(root)
+
+
+def check_writable(root: Path) -> None:
+    """Raise UsageError if a folder belongs to someone else."""
     parent = next(each for each in (root, *root.parents) if each.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"{root}: can't be written, {parent} belongs to someone else; give another run_dir")
+
+
+def _check_no_live_job(root: Path) -> None:
     if (job := live_job(root)) is not None:
         raise UsageError(
             f"{root}: job {job.job_id} of this run is {job.state()}, and two jobs can't own one run; wait for it, "

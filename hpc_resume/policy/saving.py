@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 #: A shard that refers to others must save at least this part of the time of a whole one: it also costs the
 #: reader more files, and keeps older checkpoints from being deleted.
@@ -13,7 +14,7 @@ _TELLING = 0.25
 #: Weight of the newest measurement in an estimate.
 _NEWEST = 0.5
 #: Part of the time left that a save may take by its estimate: estimates of a shared filesystem are rough.
-_SAFE = 0.7
+SAFE_PART = 0.7
 #: How long ranks wait for each other's shards: so long, and so many times what they took for their own.
 _LEAST_PATIENCE_S = 120.0
 _PATIENCE_FACTOR = 10.0
@@ -79,6 +80,15 @@ class Estimate:
         # Hashing is never slower than writing.
         look_s = looked_at_bytes / (self.look_bytes_per_s or self.write_bytes_per_s)
         return self.overhead_s + size_bytes / self.write_bytes_per_s + look_s
+
+
+def told_s(costs: Mapping[str, Any]) -> tuple[float, ...]:
+    """Give what the costs in a manifest tell of the time of a save: one number, or none."""
+    try:
+        write_s, written, state = (float(costs[key]) for key in ("write_s", "written_bytes", "state_bytes"))
+    except (LookupError, TypeError, ValueError):
+        return ()
+    return (write_s,) if write_s > 0 and written >= _TELLING * state else ()
 
 
 def refer_to_older(
@@ -153,11 +163,11 @@ def what_fits(left_s: float | None, needs_s: Mapping[str, float | None]) -> tupl
     """
     first, *others = needs_s
     needed_s = needs_s[first]
-    if left_s is None or needed_s is None or needed_s <= _SAFE * left_s:
+    if left_s is None or needed_s is None or needed_s <= SAFE_PART * left_s:
         return first, ""
     for choice in others:
         seconds = needs_s[choice]
-        if seconds is not None and seconds <= _SAFE * left_s:
+        if seconds is not None and seconds <= SAFE_PART * left_s:
             left, needed, this = (_text(value) for value in (left_s, needed_s, seconds))
             return choice, f"{left} s were left; everything needs {needed} s by measurement, this {this} s"
     return first, ""
@@ -176,7 +186,7 @@ def patience_s(own_s: float, left_s: float | None) -> float:
         Seconds until the job is killed, if that is known: the last word needs some of them.
     """
     limit_s = _LEAST_PATIENCE_S + _PATIENCE_FACTOR * own_s
-    return limit_s if left_s is None else min(limit_s, _SAFE * left_s)
+    return limit_s if left_s is None else min(limit_s, SAFE_PART * left_s)
 
 
 def _text(seconds: float) -> str:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_resume.files import JsonObject
 from hpc_resume.journal import read_events
 from hpc_resume.rundir import RunDirectory
+from hpc_resume.untrusted import open_regular
+
+#: The last line of a metrics file is in here.
+_TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,3 +76,21 @@ def _by_step(folder: Path) -> dict[int, dict[str, list[float]]]:
                 if name not in {"step", "t"} and isinstance(value, int | float):
                     values.setdefault(name, []).append(float(value))
     return found
+
+
+def last_row(path: Path) -> JsonObject:
+    """Read the last whole line of a metrics file, however long that is; empty if there is none."""
+    try:
+        fd = open_regular(path, follow=True)
+    except OSError:
+        return {}
+    with os.fdopen(fd, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        for line in reversed(file.read().splitlines()):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                return row
+    return {}

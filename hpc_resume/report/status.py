@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import Clock, JsonObject
 from hpc_resume.journal import read_events
+from hpc_resume.report.metrics import last_row
 from hpc_resume.rundir import RunDirectory, checkpoint_step
 from hpc_resume.scheduler.cause import Cause
 from hpc_resume.scheduler.local import LocalState, process_ticks, state_path
-from hpc_resume.untrusted import open_regular, parse_json, read_regular
+from hpc_resume.untrusted import parse_json, read_regular
 
 #: Without a scheduler's word, an attempt whose journal has been silent for longer counts as interrupted.
 _SILENCE_S = 600.0
-#: The last line of a metrics file is in here.
-_TAIL_BYTES = 1 << 16
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("t", "started", "delay_s"), (int, float)),
     **dict.fromkeys(("step", "exit_code", "restart_count", "world_size"), int),
@@ -184,10 +181,11 @@ class _Trace:
 
     def _last_step(self, folder: Path) -> int | None:
         if self.ended is not None and isinstance(self.ended.get("step"), int):
-            return int(self.ended["step"])
+            # One that ended before it restored anything counted from nowhere.
+            return None if self.first_step is None else int(self.ended["step"])
         steps = [event["step"] for event in self.events if isinstance(event.get("step"), int)]
-        metrics = [_last_metric_step(path) for path in folder.glob("metrics-rank-*.jsonl")]
-        steps += [step + 1 for step in metrics if step is not None]  # a metric's step counts from 0
+        metrics = [last_row(path).get("step") for path in folder.glob("metrics-rank-*.jsonl")]
+        steps += [step + 1 for step in metrics if isinstance(step, int)]  # a metric's step counts from 0
         return max(steps, default=None)
 
     @property
@@ -305,24 +303,6 @@ def _next_first_step(later: Iterable[_Trace]) -> int | None:
 
 def _last(events: Sequence[JsonObject], kinds: set[str]) -> JsonObject | None:
     return next((event for event in reversed(events) if event.get("event") in kinds), None)
-
-
-def _last_metric_step(path: Path) -> int | None:
-    """Step of the last whole line of a metrics file."""
-    try:
-        fd = open_regular(path, follow=True)
-    except OSError:
-        return None
-    with os.fdopen(fd, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        for line in reversed(file.read().splitlines()):
-            try:
-                step: Any = json.loads(line)["step"]
-            except (ValueError, LookupError, TypeError, RecursionError):
-                continue
-            if isinstance(step, int):
-                return step
-    return None
 
 
 def _typed(record: JsonObject) -> JsonObject:

@@ -5,6 +5,8 @@ with the number of steps that its rank has begun; the largest answer is the step
 that number is known, no rank begins another step, so none can have passed it; and because the threads answer,
 not the training loops, a loop that waits inside a collective delays nobody. Between requests a step costs one
 comparison under a lock.
+
+While no rank takes steps yet (it builds its model, restores), all answer :data:`NOT_BEGUN`, and act at once.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 #: A request that ends the threads themselves.
 _CLOSE = "close"
+#: Number of steps of a rank that has restored nothing yet: an appointment there is due everywhere.
+NOT_BEGUN = -1
 #: One wait for a request; then the thread waits again.
 _PATIENCE = dt.timedelta(hours=1)
 
@@ -35,9 +39,9 @@ class Appointment:
     Parameters
     ----------
     kind
-        ``"stop"`` or ``"save"``.
+        ``"stop"``, ``"save"``, or ``"leave"``: stop without saving.
     step
-        Number of completed steps at which to act.
+        Number of completed steps at which to act, or :data:`NOT_BEGUN`.
     details
         What the requesting rank said: cause, signal, evidence, rank.
     """
@@ -53,7 +57,8 @@ class Agreement:
     Parameters
     ----------
     listen, speak
-        Two connections to the control store: the first is busy waiting for requests all the time.
+        Two connections to the control store: the first is busy waiting for requests all the time, on the
+        second nobody waits.
     rank, world_size
         This process's place.
     patience_s
@@ -83,22 +88,20 @@ class Agreement:
         self._on_request = on_request
         self._on_failure = on_failure
         self._condition = threading.Condition()
-        self._begun = 0
+        self._begun = NOT_BEGUN
         self._deciding = False
         self._number = 0
         self._agreed: list[Appointment] = []
         self._thread = threading.Thread(target=self._serve, name="hpc-resume-agreement", daemon=True)
 
-    def start(self, completed: int) -> None:
-        """Take part from now on.
-
-        Parameters
-        ----------
-        completed
-            Steps completed so far.
-        """
-        self._begun = completed
+    def start(self) -> None:
+        """Take part from now on."""
         self._thread.start()
+
+    def rest(self, completed: int) -> None:
+        """Say that no step is being done: before the first one, and where a loop has ended early."""
+        with self._condition:
+            self._begun = completed
 
     def boundary(self, completed: int) -> Appointment | None:
         """Ask, between two steps, whether something is to be done now.
@@ -117,10 +120,23 @@ class Agreement:
             while self._deciding:
                 self._condition.wait()
             for index, appointment in enumerate(self._agreed):
-                if appointment.step == completed:
+                if appointment.step in {completed, NOT_BEGUN}:
                     return self._agreed.pop(index)
             self._begun = completed + 1
             return None
+
+    def due(self, completed: int) -> bool:
+        """Whether all ranks have agreed to stop here; unlike :meth:`boundary`, it begins no step.
+
+        Parameters
+        ----------
+        completed
+            Number of completed steps, or :data:`NOT_BEGUN`.
+        """
+        with self._condition:
+            while self._deciding:
+                self._condition.wait()
+            return any(each.kind != "save" and each.step in {completed, NOT_BEGUN} for each in self._agreed)
 
     def request(self, kind: str, **details: Any) -> None:
         """Ask all ranks for an appointment, unless somebody has asked for the same already.

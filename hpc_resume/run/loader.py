@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hpc_resume.errors import UsageError
 from hpc_resume.files import JsonObject
+from hpc_resume.run.workers import Shielded
 
 _ROUNDS = 8
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -150,13 +151,16 @@ class ElasticLoader:
     def __iter__(self) -> Iterator[Any]:
         """Go on from the samples handed out so far."""
         first = self.samples // self._global_batch
+        options = dict(self._options)
+        if options.get("num_workers"):
+            options["worker_init_fn"] = Shielded(options.get("worker_init_fn"))
         loader: DataLoader[Any] = DataLoader(
             self._dataset,
             batch_sampler=_Steps(self, first),
             # A generator of its own: DataLoader draws from it at each start, and drawing from the global
             # one would make a resumed run differ from an uninterrupted one.
             generator=torch.Generator().manual_seed(self._seed),
-            **self._options,
+            **options,
         )
         for batch in loader:
             self.samples += self._global_batch

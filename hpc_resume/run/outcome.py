@@ -48,6 +48,8 @@ class Part:
         The thread's work, if it is written in the background.
     header, captured
         What to write for others, as long as training stands still.
+    began_s, at_s
+        When it began, by the monotonic clock and in Unix time.
     own_s, done_s
         What writing took, and when it ended by the monotonic clock.
     """
@@ -57,6 +59,8 @@ class Part:
     writing: Future[None] | None = None
     header: Header | None = None
     captured: Captured | None = None
+    began_s: float = 0.0
+    at_s: float = 0.0
     own_s: float = 0.0
     done_s: float = 0.0
 
@@ -69,7 +73,7 @@ class Outcomes:
     peers
         The other ranks.
     own
-        The same through the writing thread's own connection: a store that waits is deaf to other threads.
+        The same through a connection on which nobody waits: a store that waits is deaf to other threads.
     staging
         This rank's hold on the checkpoints.
     environment
@@ -145,7 +149,7 @@ class Outcomes:
         Returns
         -------
         dict
-            ``{"name": …}`` if it is committed, ``{"error": …}`` if it is not.
+            ``{"name": …, "took_s": …}`` if it is committed, ``{"error": …}`` if it is not.
 
         Raises
         ------
@@ -202,7 +206,10 @@ class Outcomes:
     def _commit(self, step: int, part: Part, peers: Peers, *, take_over: bool = False) -> JsonObject | None:
         """Commit; None if another rank is just doing it."""
         name = self._staging.commit(step, take_over=take_over)
-        return None if name is None else self._say(part, {"name": name}, peers)
+        if name is None:
+            return None
+        took_s = round(self._monotonic() - part.began_s, 4)
+        return self._say(part, {"name": name, "took_s": took_s}, peers)
 
     def _say(self, part: Part, outcome: JsonObject, peers: Peers) -> JsonObject:
         """Say what has become of a checkpoint, unless somebody has said so before; returns what holds."""

@@ -54,6 +54,7 @@ class Peers:
         self._address = address
         self._prefix = prefix
         self.store: dist.Store = dist.PrefixStore(prefix, store)
+        self._twin: Peers | None = None
 
     def connect(self) -> dist.Store:
         """Open another connection: a store that waits is deaf to other threads."""
@@ -64,10 +65,11 @@ class Peers:
         return dist.PrefixStore(self._prefix, store)
 
     def apart(self) -> Peers:
-        """Return the same through a connection of its own, for another thread."""
-        twin = Peers(self._environment, self._base, self._address, self._prefix)
-        twin.store = self.connect()
-        return twin
+        """Return the same through a second connection, for other threads: one on which nobody may wait."""
+        if self._twin is None:
+            self._twin = Peers(self._environment, self._base, self._address, self._prefix)
+            self._twin.store = self.connect()
+        return self._twin
 
     def share(self, key: str, value: Any = None, *, patience_s: float = JOIN_S) -> Any:
         """Give everybody what rank 0 has; other ranks pass nothing and wait."""

@@ -17,6 +17,7 @@ from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.config import Config
 from hpc_resume.errors import Interrupted, UsageError
 from hpc_resume.files import Clock
+from hpc_resume.run.agreement import NOT_BEGUN
 from hpc_resume.run.loader import ElasticLoader
 from hpc_resume.run.session import Session
 from hpc_resume.rundir import RunDirectory
@@ -71,6 +72,8 @@ class Run:
         self._state: TrackedState | None = None
         self._loader: ElasticLoader | None = None
         self._begun = False
+        self._inside = False
+        self._pid = os.getpid()
 
     @property
     def rank(self) -> int:
@@ -227,17 +230,55 @@ class Run:
                 "pass it to run.track(data=…) too"
             )
         batches = iter(data)
+        self._inside = False
         while True:
             self._session.boundary(self._state, self._samples, until)
             if self.step >= until:
                 break
+            self._inside = True  # from the batch on: fetching it moves generators and positions
             try:
                 batch = next(batches)
             except StopIteration:
+                self._inside = False
+                self._session.rest()
                 break
             yield self.step, batch
+            self._inside = False
             self._session.step += 1
         self._save("done")
+
+    def breathe(self, *, step_done: bool = False) -> None:
+        """Let a stop happen here: call it every second or so in whatever takes long, on all ranks or on some.
+
+        Steps let stops happen by themselves. A long evaluation, compilation or preparation of data does not: the
+        job may end in the middle of it, and what was trained since the last checkpoint would be lost. While
+        nothing has asked for a stop, this costs less than a microsecond.
+
+        - Before :meth:`track` it leaves at once; what was saved before remains.
+        - Between steps (before or after a loop over :meth:`steps`) the state is that of the completed steps: if
+          all ranks have agreed to stop after this one, it is saved, and the run leaves.
+        - Inside a step (from fetching its batch to the end of the loop's body) the state is of no step. So the
+          run goes on to the end of the step, where it will stop. Only when no save fits any more before the end
+          of the job it leaves as it is, and the last checkpoint serves.
+
+        Parameters
+        ----------
+        step_done
+            Inside a step: all of it is done that must not be lost, and the rest of the body is not done again
+            when the run goes on. Say so in an evaluation that follows ``optimizer.step()`` and changes nothing
+            that is tracked.
+
+        Raises
+        ------
+        Interrupted
+            When the run is to be continued: leaves with exit code 75.
+        """
+        if not self._session.stopping.pending or os.getpid() != self._pid:
+            return  # a process that was forked, such as a data loader's worker, has no say
+        completed: int | None = self.step if self._state is not None else NOT_BEGUN
+        if self._inside:
+            completed = self.step + 1 if step_done else None
+        self._session.breathe(self._state, self._samples, completed)
 
     def log(self, **values: Any) -> None:
         """Record metrics of the step that is being done.

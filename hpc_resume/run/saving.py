@@ -24,7 +24,7 @@ from hpc_resume.config import Config
 from hpc_resume.errors import FencedError, HpcResumeError, RendezvousError, SaveError
 from hpc_resume.files import Clock
 from hpc_resume.journal import Journal
-from hpc_resume.policy.saving import what_fits
+from hpc_resume.policy.saving import told_s, what_fits
 from hpc_resume.provenance.environment import describe_environment
 from hpc_resume.run import generators
 from hpc_resume.run.attempt import AttemptFacts
@@ -35,6 +35,8 @@ from hpc_resume.scheduler.environment import JobEnvironment
 
 #: So many failed saves in a row end the attempt.
 _MAX_FAILURES = 3
+#: So many of the newest saves tell how long one takes.
+_TELLING_SAVES = 20
 #: Part of the memory that is free at the start that all staging areas of a node may take, unless it is set.
 _HOST_MEMORY_PART = 0.25
 
@@ -116,6 +118,9 @@ class Saver:
         #: Step of the newest checkpoint that is committed or being written, and of the newest one that is
         #: committed, as far as this rank knows.
         self.saved_step = self.committed_step = 0
+        #: What saves took until they were committed, and the Unix time of the state that the newest one holds.
+        self.saves_s: tuple[float, ...] = ()
+        self.held_at_s = clock()
 
     def _memory_limit(self) -> int:
         """Bytes that the staging area of this rank may take."""
@@ -128,6 +133,8 @@ class Saver:
         """Take note of the checkpoint that this attempt goes on from, and of what saving it cost."""
         self.saved_step = self.committed_step = manifest.step
         costs = manifest.costs
+        self.held_at_s = self._clock()
+        self.saves_s = told_s(costs)
         if costs.get("write_s") and costs.get("written_bytes"):
             self._staging.estimate.add(
                 written_bytes=costs["written_bytes"] // manifest.world_size,
@@ -182,6 +189,7 @@ class Saver:
             If it, or one before it, could not be written.
         """
         began = self._clock()
+        began_s = time.monotonic()
         concurrent.futures.wait([each.writing for each in self._pending.values() if each.writing is not None])
         deadline_s = None if left_s is None else time.monotonic() + left_s
         for pending in sorted(self._pending):
@@ -194,19 +202,19 @@ class Saver:
         if step > self.saved_step:
             if deadline_s is not None:
                 left_s = max(deadline_s - time.monotonic(), 0.0)
-            left_s = self._take(state, step, samples, reason, began=began, wait=wait, left_s=left_s)
+            part = Part(number=self._taken, began_s=began_s, at_s=began, details={"reason": reason})
+            left_s = self._take(part, state, step, samples, wait=wait, left_s=left_s)
         if wait:
             for pending in sorted(self._pending):
                 self._settle(pending, leaving=True, left_s=left_s, last=True)
 
     def _take(
         self,
+        part: Part,
         state: TrackedState,
         step: int,
         samples: int,
-        reason: str,
         *,
-        began: float,
         wait: bool,
         left_s: float | None,
     ) -> float | None:
@@ -222,7 +230,7 @@ class Saver:
             attempt=self._facts.number,
             step=step,
             samples=samples,
-            reason=reason,
+            reason=part.details["reason"],
             world_size=self._environment.world_size,
             node_type=self._facts.node_type,
             config=self._config.digest(),
@@ -232,7 +240,6 @@ class Saver:
         )
         stage = self._config.checkpoint.asynchronous and not wait and self._camera.may_stage(captured)
         snapshot = self._camera.take(captured, stage=stage)
-        part = Part(number=self._taken, details={"reason": reason})
         self._taken += 1  # all ranks take the same ones, in the same order
         if content == MODEL:
             part.details.update(content=MODEL, note=note)
@@ -245,7 +252,7 @@ class Saver:
                 part.captured, part.header = captured, header
             self._write(header, snapshot, part, content == CHANGED)
         self._began = self._clock()
-        part.details["blocked_s"] = round(self._began - began, 4)
+        part.details["blocked_s"] = round(self._began - part.at_s, 4)
         return left_s
 
     def _choose(
@@ -326,6 +333,10 @@ class Saver:
             return
         self._failures = 0
         self.committed_step = max(self.committed_step, step)
+        self.held_at_s = part.at_s
+        if "took_s" in outcome:
+            part.details["took_s"] = outcome["took_s"]
+            self.saves_s = (*self.saves_s, outcome["took_s"])[-_TELLING_SAVES:]
         self._staging.committed(step, outcome["name"])
         if self._journal is not None:
             self._journal.event("saved", durable=True, checkpoint=outcome["name"], step=step, **part.details)

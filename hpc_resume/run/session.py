@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import sys
@@ -26,10 +27,12 @@ from hpc_resume.errors import (
 from hpc_resume.files import Clock
 from hpc_resume.journal import Journal
 from hpc_resume.run import generators
+from hpc_resume.run.agreement import NOT_BEGUN
 from hpc_resume.run.attempt import AttemptFacts, begin_attempt
 from hpc_resume.run.continuation import choose
+from hpc_resume.run.deadline import Deadline, Pace, assumed_end_s
 from hpc_resume.run.ending import Ending, LastWord
-from hpc_resume.run.fault import Faults, summary
+from hpc_resume.run.fault import Faults, lost_a_peer, summary
 from hpc_resume.run.memory import OomKills
 from hpc_resume.run.metrics import Metrics
 from hpc_resume.run.peers import join
@@ -138,6 +141,11 @@ class Session:
                 self._journal,
                 self.say,
             )
+            self._pace = Pace(self.saver, warning_lead_s=self.config.warning_lead_s, clock=self._clock)
+            if self.rank == 0:
+                due, note = self.stopping.due, self._note
+                end_s = assumed_end_s(self.environment, os.environ, self._clock(), self.config.time_limit_s)
+                self.stopping.heed(Deadline(self._scheduler, self._pace, due, note, self._clock, end_s))
         except BaseException as error:
             self.stopping.abandon()
             if isinstance(error, RendezvousError) and self.environment.job_id is not None:
@@ -176,7 +184,8 @@ class Session:
         )
 
     def restore(self, state: TrackedState) -> None:
-        """Restore the newest checkpoint that is whole, and begin to take part in agreements."""
+        """Restore the newest checkpoint that is whole."""
+        self.breathe(None, 0, NOT_BEGUN)
         restored = restore_newest(
             self.directory,
             state,
@@ -205,18 +214,13 @@ class Session:
                 f"{self.directory.root}: {spent}, all of which began at step {self.step}, so this attempt is not tried; read "
                 "the log of the last attempt, and submit again when it is mended"
             )
-        self.stopping.start(self.step)
+        self.stopping.rest(self.step)
 
     # ---------------------------------------------------------------- between steps
 
     def boundary(self, state: TrackedState, samples: int, until: int) -> None:
-        """Do what is due after ``step`` completed steps; when it returns, the next one has begun.
-
-        Raises
-        ------
-        Interrupted
-            If the run was to stop here: it is saved and will be continued.
-        """
+        """Do what is due after ``step`` steps: leave, saved, or return, and the next one has begun."""
+        self._pace.step_ends()
         self.metrics.maybe_flush()
         self.saver.poll()
         every_steps = self.config.checkpoint.every_steps
@@ -224,20 +228,34 @@ class Session:
             self.save(state, samples, "cadence")
         if self.rank == 0:
             self._look_at_the_clock(until)
+        if self.step >= until:
+            return  # the last step is done: there is nothing left to continue
         while (appointment := self.stopping.boundary(self.step)) is not None:
-            if self.step >= until:
-                return  # the last step is done: there is nothing left to continue
             if appointment.kind == "save":
                 self.save(state, samples, "cadence")
             else:
                 self._stop(state, samples)
+        self._pace.step_begins()
+
+    def rest(self) -> None:
+        """Take note that the step that was begun is not done: there are no more batches."""
+        self._pace.step_ends(counts=False)
+        self.stopping.rest(self.step)
+
+    def breathe(self, state: TrackedState | None, samples: int, completed: int | None) -> None:
+        """Stop, if that was asked for and can be done here: after so many steps, or inside of one (None)."""
+        if self.stopping.breathe(completed):
+            self.step = max(self.step, completed or 0)
+            self._stop(state, samples)
+        elif self.stopping.leaving:
+            self._stop(None, samples)
 
     def _look_at_the_clock(self, until: int) -> None:
         now = self._clock()
         if now - self._noted >= _PROGRESS_S:
             self._noted = now
             self._note("progress", step=self.step)
-        every_s = self.config.checkpoint.every_s
+        every_s = None if self.stopping.near else self.config.checkpoint.every_s
         if self.step < until and (self.saver.exhausted or (every_s is not None and self.saver.due(every_s))):
             self.stopping.request_save()
 
@@ -256,21 +274,24 @@ class Session:
 
     # ---------------------------------------------------------------- ending
 
-    def _stop(self, state: TrackedState, samples: int) -> NoReturn:
-        """Save at the agreed step, have the run continued, and leave."""
+    def _stop(self, state: TrackedState | None, samples: int) -> NoReturn:
+        """Save at the agreed step, or leave without a state; have the run continued."""
         self._reached = True
         self._note("stop_agreed", step=self.step)
         left_s = self.stopping.reached()
-        if self.step > self.first_step:
+        if state is None:
+            self.stopping.leave()  # the others wait for this rank in vain
+            self._own_group = False  # not to be destroyed without them
+        elif self.step > self.first_step:
             self.save(state, samples, "stop", wait=True, left_s=left_s)
-        self._ending.acquire()
         if self.rank == 0:
-            ending = self._end(self.stopping.verdict()).to_json()
-            self.peers.share("ending", ending)
+            self._ending.acquire()
+            ending = self.peers.share("ending", self._end(self.stopping.verdict()).to_json())
         else:
             ending = self.peers.get("ending", _LEAVE_S)
+            self._ending.acquire()  # not before: without an answer it ends as a crash does
         self.say(f"attempt {self.facts.number} ends after step {self.step}: {ending['why']}")
-        self._part()
+        self._part() if state is not None or self._faults is None else self._faults.leave()
         self.stopping.close(last_word=True)
         if ending["exit_code"] == EXIT_CONTINUE:
             raise Interrupted(ending["why"])
@@ -295,21 +316,15 @@ class Session:
                 self.peers.wait_for_count("left", self.world_size, _HEAD_START_S)
 
     def crash(self, error: Exception) -> None:
-        """End an attempt that an exception has left; returns if the exception shall go on its way.
-
-        Raises
-        ------
-        Interrupted
-            If the run is to be continued.
-        SystemExit
-            With the exit code of an error of ours, after its message.
-        """
+        """End an attempt that an exception has left: leave, or return if the exception shall go on its way."""
         with contextlib.suppress(Exception):  # reading a tensor of a GPU that has failed fails, too
             self.metrics.flush()
         assert self._faults is not None
         fault = self._faults.of(error, begun=self.step > self.first_step)
         self.saver.drain(_DRAIN_S)
         self._ending.acquire()
+        if self.stopping.leaving and lost_a_peer(error):  # one that has left, as this one was to
+            fault = dataclasses.replace(fault, cause=self.stopping.verdict().cause, nodes=())
         assert self._last_word is not None
         code = self._last_word.fail(
             fault, first_step=self.first_step, step=self.step, progressed=self._progressed
@@ -361,7 +376,8 @@ class Session:
             threading.Event().wait(_HEAD_START_S)
         elif self._last_word is not None:
             if self._faults is not None:
-                verdict = self._faults.behind(verdict, reason, at_boundary=self._reached)
+                in_order = self._reached or self.stopping.leaving
+                verdict = self._faults.behind(verdict, reason, no_hang=in_order)
             code = self._end(verdict).exit_code
         sys.stdout.flush()
         sys.stderr.flush()
@@ -375,7 +391,6 @@ class Session:
         """Talk to the person who reads the log; rank 0 only."""
         if self.rank == 0:
             sys.stderr.write(f"hpc_resume: {text}\n")
-            sys.stderr.flush()
 
 
 def _ranks(count: int) -> str:

@@ -1,20 +1,27 @@
-"""From a signal on any rank to a stop of all: who is told, why it is, and what if no step boundary comes."""
+"""From a request on any rank to a stop of all: who is told, why it is, and what if no step boundary comes."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from typing import Any
 
 from hpc_resume.errors import RendezvousError
 from hpc_resume.files import Clock, JsonObject
 from hpc_resume.journal import Journal
+from hpc_resume.policy.deadline import LAST_WORD_S, patience
 from hpc_resume.run.agreement import Agreement, Appointment
+from hpc_resume.run.deadline import Deadline
 from hpc_resume.run.peers import Peers
-from hpc_resume.scheduler.base import ALIVE, Scheduler
-from hpc_resume.scheduler.cause import Cause, Verdict, classify
+from hpc_resume.scheduler.base import ALIVE, UNKNOWN, Scheduler
+from hpc_resume.scheduler.cause import DEADLINE, Cause, Verdict, classify
 from hpc_resume.scheduler.environment import JobEnvironment
-from hpc_resume.scheduler.signals import SignalWatch
+from hpc_resume.scheduler.signals import WARNINGS, WATCHED, SignalWatch
 
 #: Longest wait for the scheduler's answer about the cause, which was asked for when the signal came.
 _VERDICT_S = 30.0
@@ -25,6 +32,12 @@ _LEAST_SAVE_S = 10.0
 #: Who leaves without the others waits so long for a signal that is just being passed on: it may have to give up by
 #: itself, which takes the time that rank 0 needs for its last word.
 _ABANDON_S = 1.0
+#: Once a rank has left without saving, the others can do nothing any more, and have this long to leave, too.
+_LEAVE_S = 10.0
+#: Key in the control store: seconds after the request after which rank 0 gives up.
+_PATIENCE = "patience"
+#: Causes that announce the end of the job.
+_ENDING = frozenset({Cause.TIME_LIMIT, Cause.PREEMPTION})
 
 
 class Stopping:
@@ -32,7 +45,7 @@ class Stopping:
 
     A rank that gets a signal asks all to stop, at once and without finding out why: a thousand ranks that
     get it together must not ask the scheduler a thousand times. Rank 0 alone asks, while the others finish
-    their step.
+    their step. Its clock asks for a stop, too, when the end of the job is near.
 
     Parameters
     ----------
@@ -45,12 +58,19 @@ class Stopping:
     agreement_s
         How long agreeing may take.
     watchdog_s
-        How long after the request a step boundary may be in coming.
+        How long after the request a step boundary may be in coming, where no end of the job is known.
     clock
         Unix time in seconds.
     give_up
         Called on a thread, with the verdict and the reason, when a stop was asked for and can't be reached
         in order.
+
+    Attributes
+    ----------
+    pending
+        A stop has been asked for.
+    leaving
+        No save can be had any more: whoever can leaves as it is.
     """
 
     def __init__(
@@ -75,22 +95,26 @@ class Stopping:
         self._lock = threading.Lock()
         self._waiting: list[str] = []
         self._agreement: Agreement | None = None
+        self._peers: Peers | None = None
         self._journal: Journal | None = None
+        self._deadline: Deadline | None = None
         self._verdict: Verdict | None = None
         self._verdict_ready = threading.Event()
         self._ends_at_s: float | None = None
         self._watchdog: threading.Timer | None = None
-        self._started = False
+        self._guarded = True
+        self._heard_s = self._breathed_s = 0.0
+        self.pending = self.leaving = False
 
     def watch(self) -> None:
         """Begin to record signals."""
         self._watch.start()
 
     def join(self, peers: Peers, journal: Journal | None) -> None:
-        """Get to know the other ranks; a signal that came before is passed on at the first step boundary."""
+        """Begin to take part in agreements; signals that came before are passed on."""
         agreement = Agreement(
             peers.connect(),
-            peers.store,
+            peers.apart().store,
             rank=self._environment.rank,
             world_size=self._environment.world_size,
             patience_s=self._agreement_s,
@@ -98,28 +122,62 @@ class Stopping:
             on_failure=self._failed,
         )
         with self._lock:
+            self._peers = peers
             self._agreement = agreement
             self._journal = journal
-
-    def start(self, completed: int) -> None:
-        """Begin to take part in agreements; ``completed`` steps are done."""
-        assert self._agreement is not None
-        self._agreement.start(completed)
-        with self._lock:
             waiting, self._waiting = self._waiting, []
-            self._started = True
+        agreement.start()
         for name in waiting:
             self._request(name)
+
+    def heed(self, deadline: Deadline) -> None:
+        """Watch the clock, too. Rank 0 only."""
+        self._deadline = deadline
+        deadline.start()
+
+    def due(self, why: str) -> None:
+        """Ask all ranks to stop because the job is about to end; ``why`` are the numbers."""
+        if not self.pending:
+            self._request(DEADLINE, why=why)
+
+    def rest(self, completed: int) -> None:
+        """See :meth:`Agreement.rest`."""
+        assert self._agreement is not None
+        self._agreement.rest(completed)
 
     def boundary(self, completed: int) -> Appointment | None:
         """See :meth:`Agreement.boundary`."""
         assert self._agreement is not None
         return self._agreement.boundary(completed)
 
+    def breathe(self, completed: int | None) -> bool:
+        """Tell whether all ranks have agreed to stop here; a sign of life for the watchdog.
+
+        Parameters
+        ----------
+        completed
+            Number of completed steps, ``NOT_BEGUN``, or None in the middle of a step.
+        """
+        self._breathed_s = time.monotonic()
+        assert self._agreement is not None
+        return completed is not None and self._agreement.due(completed)
+
+    @property
+    def near(self) -> bool:
+        """Whether a stop is so near that a periodic save would be in its way; known on rank 0 only."""
+        return self.pending or (self._deadline is not None and self._deadline.near)
+
     def request_save(self) -> None:
         """Ask all ranks to save at an agreed step."""
         assert self._agreement is not None
         self._agreement.request("save")
+
+    def leave(self) -> None:
+        """Have all ranks leave as they are, without saving: at once where they breathe, else by force."""
+        assert self._agreement is not None
+        if not self.leaving:
+            with contextlib.suppress(RendezvousError):  # rank 0 has left already
+                self._agreement.request("leave")
 
     def verdict(self) -> Verdict:
         """Tell why the run is being stopped; waits for the scheduler's answer. Rank 0 only."""
@@ -141,12 +199,11 @@ class Stopping:
         From now on the watchdog waits for the end of the job instead: a save that takes its time is not cut
         short, and one that hangs does not keep the run from being continued.
         """
-        if self._watchdog is not None:
-            self._watchdog.cancel()
+        self._unguard()
         left_s = self.left_s()
         if left_s is not None:
             why = "the last checkpoint was not committed before the end of the job"
-            self._watchdog = self._start_timer(max(left_s, _LEAST_SAVE_S), why)
+            self._watchdog = self._start_timer(max(left_s, _LEAST_SAVE_S), self._expire, why)
         return left_s
 
     def close(self, *, last_word: bool) -> None:
@@ -155,79 +212,184 @@ class Stopping:
         Parameters
         ----------
         last_word
-            This process is about to leave with an exit code that matters: further signals are ignored.
+            This process is about to leave with an exit code that matters: no signal may kill it before. Without
+            it, warnings alone must not: they would have a run continued that is done.
         """
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-        if self._agreement is not None and self._started:
+        self._unguard()
+        self.pending = False
+        if self._agreement is not None:
             self._agreement.close()
-        self._watch.stop(ignore=last_word)
+        self._watch.stop(ignored=self._ignored(last_word))
 
     def abandon(self, *, last_word: bool = False) -> None:
         """End watching without the other ranks, which may be gone; ``last_word`` as for :meth:`close`."""
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-        self._watch.stop(ignore=last_word, patience_s=_ABANDON_S)
+        self._unguard()
+        self.pending = False
+        self._watch.stop(ignored=self._ignored(last_word), patience_s=_ABANDON_S)
+
+    def _ignored(self, last_word: bool) -> Collection[signal.Signals]:
+        if last_word:
+            return WATCHED
+        return WARNINGS if self._environment.job_id is not None else ()
 
     # ------------------------------------------------- on the threads
 
     def _signalled(self, name: str) -> None:
         with self._lock:
-            if not self._started:
+            joined = self._agreement is not None
+            if not joined:
                 self._waiting.append(name)
-                self._start_watchdog()
-                return
-        self._request(name)
+        self._request(name) if joined else self._heard()
 
-    def _request(self, name: str) -> None:
+    def _request(self, name: str, **details: Any) -> None:
         assert self._agreement is not None
         try:
-            self._agreement.request("stop", signal=name, node=self._environment.node)
+            self._agreement.request("stop", signal=name, node=self._environment.node, **details)
         except RendezvousError as error:
             self._failed("stop", str(error))
 
     def _requested(self, kind: str, details: JsonObject) -> None:
-        if kind != "stop":
-            return
-        self._start_watchdog()
-        if self._environment.rank == 0:
-            threading.Thread(target=self._judge, args=(details,), daemon=True).start()
+        if kind == "stop":
+            self._heard()
+            if self._environment.rank == 0:
+                threading.Thread(target=self._look_into, args=(details,), daemon=True).start()
+        elif kind == "leave":
+            self.pending = self.leaving = True
+            self._guard(
+                self._until_end(_LEAVE_S),
+                self._overdue,
+                "ranks are leaving without a save, and this one did not",
+            )
 
-    def _start_watchdog(self) -> None:
-        if self._watchdog is None:
+    def _heard(self) -> None:
+        """Take note that a stop was asked for."""
+        with self._lock:
+            first, self.pending = not self.pending, True
+        if first:
+            self._heard_s = time.monotonic()
             why = f"no step ended within {self._watchdog_s:g} s of the request to stop"
-            self._watchdog = self._start_timer(self._watchdog_s, why)
+            self._guard(self._until_end(self._watchdog_s), self._overdue, why)
 
-    def _start_timer(self, seconds: float, why: str) -> threading.Timer:
-        timer = threading.Timer(seconds, self._expire, (why,))
-        timer.daemon = True
-        timer.start()
-        return timer
+    def _look_into(self, details: JsonObject) -> None:
+        self._be_patient(self._judge(details))
 
-    def _judge(self, details: JsonObject) -> None:
+    def _judge(self, details: JsonObject) -> Verdict:
         name: Any = details.get("signal", "SIGTERM")
         facts = self._scheduler.facts()
         # A job that is being ended shows the present as its end: how long it is left to live is not said.
         self._ends_at_s = facts.end_time_s if facts.state in ALIVE else None
-        self._verdict = classify(
+        if facts.state == UNKNOWN and self._deadline is not None:
+            self._ends_at_s = self._deadline.ends_at_s
+        verdict = classify(
             name,
             facts,
             own_restarts=self._environment.restart_count,
             now_s=self._clock(),
             warning_lead_s=self._warning_lead_s,
         )
+        if "why" in details:
+            verdict = dataclasses.replace(verdict, evidence=f"{verdict.evidence} ({details['why']})")
+        self._verdict = verdict
         if self._journal is not None:
             self._journal.event(
                 "stop_requested",
-                cause=self._verdict.cause.value,
+                cause=verdict.cause.value,
                 signal=name,
                 rank=details.get("rank"),
-                evidence=self._verdict.evidence,
+                evidence=verdict.evidence,
             )
         self._verdict_ready.set()
+        return verdict
+
+    # ------------------------------------------------- the watchdog
+
+    def _be_patient(self, verdict: Verdict) -> None:
+        """Wait for a step boundary as long as the end of the job allows."""
+        ends_in_s = None if self._ends_at_s is None else self._ends_at_s - self._clock()
+        ending = verdict.cause in _ENDING
+        saves_s = () if self._deadline is None else self._deadline.pace.saves_s()
+        waits = patience(ends_in_s=ends_in_s, ending=ending, saves_s=saves_s, watchdog_s=self._watchdog_s)
+        self._tell_patience(waits.give_up_s)
+        if waits.leave_s is None:
+            why = f"no step ended within {waits.give_up_s:.3g} s of the request to stop"
+            self._guard(waits.give_up_s, self._overdue, why)
+        else:
+            self._guard(waits.leave_s, self._no_save_fits)
+
+    def _no_save_fits(self) -> None:
+        self.leave()
+        why = "no step ended in time for a save before the end of the job"
+        self._guard(self._until_end(_LEAVE_S), self._overdue, why)
+
+    def _tell_patience(self, seconds: float) -> None:
+        """Tell the other ranks when this one gives up: it knows the end of the job, and they follow."""
+        if self._peers is not None:
+            total_s = time.monotonic() - self._heard_s + seconds
+            self._peers.apart().store.set(_PATIENCE, json.dumps(total_s))
+
+    def _overdue(self, why: str) -> None:
+        """Give up, unless it may wait longer."""
+        with self._lock:
+            if not self._guarded:
+                return  # it was cancelled too late
+        later_s = 0.0 if self.leaving else self._later_s()
+        if later_s > 0:
+            self._guard(later_s, self._overdue, why)
+        else:
+            self._expire(why)
+
+    def _later_s(self) -> float:
+        """Seconds by which this rank waits longer than it was to."""
+        now_s = time.monotonic()
+        if self._environment.rank != 0:
+            if self._peers is None:
+                return 0.0
+            store = self._peers.apart().store
+            with contextlib.suppress(RuntimeError):  # the store is gone with rank 0
+                if store.check([_PATIENCE]):
+                    return float(json.loads(store.get(_PATIENCE))) - (now_s - self._heard_s)
+            return 0.0
+        if self._verdict is None or self._verdict.cause is not Cause.SIGNAL:
+            return 0.0
+        # The job goes on, and so does whatever breathes.
+        later_s = self._until_end(self._breathed_s + self._watchdog_s - now_s)
+        if later_s > 0:
+            self._tell_patience(later_s)
+        return later_s
+
+    def _until_end(self, seconds: float) -> float:
+        """Shorten a wait such that there is time for the last word before the job ends."""
+        ends_at_s = self._ends_at_s
+        if ends_at_s is None and self._deadline is not None and not self._verdict_ready.is_set():
+            ends_at_s = self._deadline.ends_at_s
+        if ends_at_s is None:
+            return seconds
+        return min(seconds, max(ends_at_s - self._clock() - LAST_WORD_S, 0.0))
+
+    def _guard(self, seconds: float, action: Callable[..., None], *args: Any) -> None:
+        """Do something after a time, instead of what was to be done before."""
+        with self._lock:
+            if self._guarded:
+                if self._watchdog is not None:
+                    self._watchdog.cancel()
+                self._watchdog = self._start_timer(seconds, action, *args)
+
+    def _unguard(self) -> None:
+        if self._deadline is not None:
+            self._deadline.close()
+        with self._lock:
+            self._guarded = False
+            if self._watchdog is not None:
+                self._watchdog.cancel()
+
+    def _start_timer(self, seconds: float, action: Callable[..., None], *args: Any) -> threading.Timer:
+        timer = threading.Timer(seconds, action, args)
+        timer.daemon = True
+        timer.start()
+        return timer
 
     def _failed(self, kind: str, reason: str) -> None:
-        if kind == "stop":
+        if kind != "save":
             self._expire(f"the ranks could not agree on a step to stop after: {reason}")
 
     def _expire(self, reason: str) -> None:

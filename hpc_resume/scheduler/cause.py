@@ -17,6 +17,8 @@ from hpc_resume.scheduler.base import ALIVE, NONE, UNKNOWN, JobFacts
 _TIMER_SLACK_S = 35.0
 
 _WARNINGS = frozenset({"SIGUSR1", "SIGUSR2"})
+#: Stands for a signal where there was none: our own clock says that the job is about to end.
+DEADLINE = "DEADLINE"
 
 
 class Cause(str, Enum):
@@ -97,7 +99,7 @@ def classify(
     Parameters
     ----------
     signal_name
-        ``"SIGTERM"``, ``"SIGUSR2"`` …
+        ``"SIGTERM"``, ``"SIGUSR2"`` …, or ``DEADLINE``.
     facts
         The job as the scheduler described it after the signal.
     own_restarts
@@ -107,16 +109,15 @@ def classify(
     warning_lead_s
         How long before the time limit the warning was asked for.
     """
-    warned = signal_name in _WARNINGS
     requeued = facts.restarts is not None and facts.restarts > own_restarts
     if signal_name == "SIGINT":
         cause, why = Cause.CANCEL, "interrupted from the keyboard"
     elif facts.state in {NONE, UNKNOWN}:
-        cause, why = _blind_rule(facts, warned=warned)
+        cause, why = _blind_rule(facts, signal_name=signal_name)
     elif requeued:
         cause, why = _requeued_rule(facts)
     elif facts.state in ALIVE:
-        cause, why = _alive_rule(facts, warned=warned, now_s=now_s, warning_lead_s=warning_lead_s)
+        cause, why = _alive_rule(facts, signal_name=signal_name, now_s=now_s, warning_lead_s=warning_lead_s)
     else:
         cause, why = _ending_rule(facts)
     return Verdict(
@@ -132,10 +133,12 @@ def cause_of_end(state: str, reason: str | None) -> Cause | None:
     return _REASONS.get(reason or "") or _STATES.get(state)
 
 
-def _blind_rule(facts: JobFacts, *, warned: bool) -> tuple[Cause, str]:
+def _blind_rule(facts: JobFacts, *, signal_name: str) -> tuple[Cause, str]:
+    if signal_name == DEADLINE:
+        return Cause.TIME_LIMIT, "the end of the job was known before"
     if facts.state == NONE:
         return Cause.SIGNAL, "sent by hand or by another launcher"
-    if warned:
+    if signal_name in _WARNINGS:
         return Cause.SIGNAL, "a warning, and no cancel sends one"
     return Cause.CANCEL, "cannot be told from a cancel, so it counts as one"
 
@@ -148,12 +151,16 @@ def _requeued_rule(facts: JobFacts) -> tuple[Cause, str]:
     return Cause.REQUEUE, "the job has been requeued"
 
 
-def _alive_rule(facts: JobFacts, *, warned: bool, now_s: float, warning_lead_s: float) -> tuple[Cause, str]:
+def _alive_rule(
+    facts: JobFacts, *, signal_name: str, now_s: float, warning_lead_s: float
+) -> tuple[Cause, str]:
     if facts.preempt_time_s is not None:
         return Cause.PREEMPTION, "in the grace time of a preemption"
     left_s = None if facts.end_time_s is None else facts.end_time_s - now_s
-    if warned and left_s is not None and left_s <= warning_lead_s + _TIMER_SLACK_S:
-        return Cause.TIME_LIMIT, f"{left_s:.0f} s before the time limit"
+    near = left_s is not None and left_s <= warning_lead_s + _TIMER_SLACK_S
+    if signal_name == DEADLINE or (signal_name in _WARNINGS and near):
+        when = "before the time limit" if left_s is None else f"{left_s:.0f} s before the time limit"
+        return Cause.TIME_LIMIT, when
     return Cause.SIGNAL, "the job goes on: sent by hand, or a step is being ended"
 
 

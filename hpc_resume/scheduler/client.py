@@ -20,6 +20,7 @@ _ATTEMPTS = 4
 #: Answers that no second try changes.
 FINAL = (
     "invalid job id",
+    "not found",  # of an array that is there, an element that waited when it was cancelled (measured)
     "access/permission denied",
     "invalid user id",
     "presently disabled",
@@ -92,7 +93,7 @@ class SlurmClient:
 
 def says(done: Completed, phrases: Sequence[str]) -> bool:
     """Whether a command failed with one of these phrases."""
-    complaint = done.err.lower()
+    complaint = done.complaint.lower()
     return done.code != 0 and any(phrase in complaint for phrase in phrases)
 
 

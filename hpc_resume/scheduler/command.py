@@ -24,8 +24,9 @@ class Completed:
 
     @property
     def complaint(self) -> str:
-        """What it said on stderr, in one line."""
-        return " ".join(self.err.split()) or f"exit code {self.code}, nothing on stderr"
+        """What it said, on stderr if it is a good command, in one line."""
+        said = " ".join((self.err.strip() or self.out).split())
+        return said or f"exit code {self.code}, nothing on stderr"
 
 
 #: Runs a command: words, seconds to wait at most. Raises ``FileNotFoundError`` or ``subprocess.TimeoutExpired``.

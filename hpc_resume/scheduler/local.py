@@ -92,6 +92,11 @@ def state_path(folder: Path, job_id: str) -> Path:
     return folder / f"{job_id}_state.json"
 
 
+def cancel_path(folder: Path, job_id: str) -> Path:
+    """Path of a file that says, by being there, that a job is to end for good."""
+    return folder / f"{job_id}_cancel"
+
+
 def process_ticks(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; ``None`` if it is gone or only a zombie.
 

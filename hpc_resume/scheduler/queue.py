@@ -24,6 +24,8 @@ HOPELESS = frozenset(
         "InvalidQOS",
     }
 )
+#: The second is said of an element that waited when it was cancelled, while others of its array are there (measured).
+_FORGOTTEN = re.compile(r"invalid job id|job [0-9_]+ not found", re.IGNORECASE)
 
 
 class SlurmQueue:
@@ -42,7 +44,7 @@ class SlurmQueue:
     def facts(self, job_id: str) -> JobFacts:
         """Look a job up; never raises. One that Slurm has forgotten is looked for in its accounting."""
         facts = SlurmScheduler(job_id, runner=self._runner).facts()
-        if facts.state == UNKNOWN and "invalid job id" in facts.evidence.lower():
+        if self.forgotten(facts):
             try:
                 words = ["sacct", "-X", "--noheader", "--parsable2", "--format=State", f"--jobs={job_id}"]
                 done = self._client.once(words)
@@ -55,7 +57,7 @@ class SlurmQueue:
 
     def forgotten(self, facts: JobFacts) -> bool:
         """Whether Slurm has said that it knows no such job."""
-        return facts.state == UNKNOWN and "invalid job id" in facts.evidence.lower()
+        return facts.state == UNKNOWN and _FORGOTTEN.search(facts.evidence) is not None
 
     def waiting(self, job_id: str) -> tuple[str, float] | None:
         """Tell why a job waits, and since when it could have begun, in Unix seconds; ``None`` if it does not wait.

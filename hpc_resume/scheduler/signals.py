@@ -10,18 +10,23 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
 #: What schedulers, people and launchers send: warnings, the end, a Ctrl-C.
 WATCHED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+#: Warnings of the end: schedulers send them to the processes that a rank has forked, too, which would die.
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+#: Ends the thread; no signal has this number.
+_END = 0
 
 
 class SignalWatch:
     """Calls back, on a thread of its own, for each watched signal that this process gets.
 
-    A second Ctrl-C raises ``KeyboardInterrupt`` as usual: somebody is in a hurry.
+    A second Ctrl-C raises ``KeyboardInterrupt`` as usual: somebody is in a hurry. Forked processes, such as the
+    workers of a data loader, are not watched; they pass over warnings, which are not for them.
 
     Parameters
     ----------
@@ -57,29 +62,40 @@ class SignalWatch:
         self._previous_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         for number in WATCHED:
             self._previous[number] = signal.signal(number, self._record)
+        os.register_at_fork(after_in_child=self._forked)  # for good, so it looks whether this watch goes on
         return True
 
-    def stop(self, *, ignore: bool = False, patience_s: float | None = None) -> None:
+    def stop(self, *, ignored: Collection[signal.Signals] = (), patience_s: float | None = None) -> None:
         """End the watch.
 
         Parameters
         ----------
-        ignore
-            Leave the watched signals ignored instead of as they were before: this process has said its last
-            word and must not be killed between it and its exit code.
+        ignored
+            Signals that are ignored from now on; the others mean what they did before.
         patience_s
             How long to wait for a call that is under way; None: until it has returned.
         """
         if self._write_fd is None:
             return
-        for number, previous in self._previous.items():
-            keep = signal.SIG_DFL if previous is None else previous
-            signal.signal(number, signal.SIG_IGN if ignore else keep)
-        signal.set_wakeup_fd(self._previous_fd)
-        os.close(self._write_fd)  # the thread reads the end of the pipe and leaves
+        self._restore(ignored=ignored)
+        os.write(self._write_fd, bytes([_END]))  # closing it would not do: a forked process may hold it open
+        os.close(self._write_fd)
         self._write_fd = None
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(patience_s)
+
+    def _restore(self, *, ignored: Collection[signal.Signals]) -> None:
+        for number, previous in self._previous.items():
+            keep = signal.SIG_DFL if previous is None else previous
+            signal.signal(number, signal.SIG_IGN if number in ignored else keep)
+        signal.set_wakeup_fd(self._previous_fd)
+
+    def _forked(self) -> None:
+        """In a forked process: what it is sent must not count as sent to this one."""
+        if self._write_fd is not None:
+            self._restore(ignored=WARNINGS)
+            os.close(self._write_fd)
+            self._write_fd = None
 
     def _record(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - Python's signature
         # The C handler has written the number already; here only impatience is noted.
@@ -90,7 +106,9 @@ class SignalWatch:
 
     def _listen(self, read_fd: int) -> None:
         with os.fdopen(read_fd, "rb", buffering=0) as pipe:
-            while data := pipe.read(64):
-                for number in data:
+            while True:
+                for number in pipe.read(64):
+                    if number == _END:
+                        return
                     if number in WATCHED:
                         self._on_signal(signal.Signals(number).name)

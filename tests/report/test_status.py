@@ -139,6 +139,14 @@ def test_an_attempt_that_died_before_it_restored_loses_nothing_and_hides_nothing
     assert (attempts[1].first_step, attempts[1].last_step) == (None, None)
 
 
+def test_an_attempt_that_left_before_it_restored_counted_from_nowhere(story):
+    story.attempt(4, {"event": "begun"}, {"event": "stop_agreed", "step": 0}, ended(0, "time_limit"))
+    found = story.status()
+    assert found.attempts[-1].last_step is None
+    assert found.attempts[-1].cause == "time_limit"
+    assert found.step == 850
+
+
 def test_a_stop_without_a_last_word_keeps_its_cause(story):
     story.attempt(
         1, fresh(), {"event": "stop_requested", "cause": "time_limit", "signal": "SIGUSR2", "evidence": "e"}

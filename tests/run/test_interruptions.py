@@ -93,7 +93,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, uninter
     run_dir = tmp_path / "run"
     for at in (7, 20):
         attempt = Attempt(run_dir, 2, train_slowly if kind == "ddp" else train_fsdp_slowly, 40)
-        attempt.tell(end_time=time.time() + 60)
+        attempt.tell(end_time=time.time() + 3600)
         attempt.wait_for_step(at)
         attempt.signal(signal.SIGUSR2)
         assert attempt.wait() == [75, 75], attempt.log.read_text()
@@ -208,6 +208,7 @@ def test_two_owners_never_publish_in_one_run(tmp_path):
     new = Attempt(run_dir, 1, train_often_slowly, 100_000, job="job-2")
     assert old.wait() == [1], old.log.read_text()
     assert "attempt 2 has begun" in old.log.read_text()
+    new.wait_until(lambda: events(run_dir, 2, "restored"))
     new.signal(signal.SIGUSR2)
     assert new.wait() == [75]
     run = RunDirectory(run_dir)

@@ -2,12 +2,15 @@
 
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from hpc_resume.run import stopping
 from hpc_resume.run.stopping import Stopping
 from hpc_resume.scheduler.base import JobFacts
+from hpc_resume.scheduler.cause import DEADLINE, Cause
 from hpc_resume.scheduler.environment import JobEnvironment
 from hpc_resume.scheduler.signals import WATCHED
 
@@ -82,12 +85,14 @@ def test_without_an_answer_in_time_nothing_is_known(monkeypatch):
 
 def test_the_watchdog_of_the_step_gives_way_to_one_of_the_end(monkeypatch):
     started = never_started(monkeypatch)
-    each = stopped(state="RUNNING", end_time_s=1060.0)
-    each._start_watchdog()
+    each = stopped(ask=False, state="RUNNING", end_time_s=1060.0)
+    each._heard()
+    each._look_into({"signal": "SIGUSR2", "rank": 0})
     assert each.reached() == 60.0
-    step, end = started
-    assert (step.interval, end.interval) == (1000.0, 60.0)
+    step, longer, end = started
+    assert (step.interval, longer.interval, end.interval) == (1000.0, 56.0, 60.0)
     assert step.finished.is_set()  # cancelled
+    assert longer.finished.is_set()
     assert "was not committed before the end of the job" in end.args[0]
     each.abandon()
     assert end.finished.is_set()
@@ -102,13 +107,15 @@ def test_a_save_gets_its_chance_whatever_the_clock_says(monkeypatch):
     assert given_up == ["the last checkpoint was not committed before the end of the job"]
 
 
-def test_without_a_known_end_no_watchdog_is_needed():
+def test_without_a_known_end_no_watchdog_is_needed(monkeypatch):
+    started = never_started(monkeypatch)
     each = stopped(state="COMPLETING")
-    each._start_watchdog()
-    first = each._watchdog
+    each._heard()
     assert each.reached() is None
-    assert each._watchdog is first
-    assert first.finished.is_set()
+    assert len(started) == 1
+    assert started[0].finished.is_set()
+    each._heard()  # too late
+    assert len(started) == 1
 
 
 def test_who_leaves_without_the_others_does_not_wait_for_a_signal_that_gives_up(monkeypatch):
@@ -134,3 +141,150 @@ def test_who_leaves_without_the_others_does_not_wait_for_a_signal_that_gives_up(
     assert not thread.is_alive()
     for number in WATCHED:
         signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+
+
+class FakePeers:
+    """What all ranks of an attempt share."""
+
+    def __init__(self):
+        self.store = dist.HashStore()
+
+    def apart(self):
+        return self
+
+
+def waiting(monkeypatch, rank=0, *, peers=None, signal="SIGUSR2", given_up=None, **facts):
+    """A rank that has heard of a request to stop, and the timers that it has set."""
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: 500.0)
+    timers = never_started(monkeypatch)
+    each = stopped(rank, ask=False, given_up=given_up, **facts)
+    each._peers = peers
+    each._heard()
+    if rank == 0:
+        each._look_into({"signal": signal, "rank": 0})
+    return each, timers
+
+
+def later(monkeypatch, monotonic_s):
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: monotonic_s)
+
+
+def fire(timer):
+    timer.function(*timer.args)
+
+
+@pytest.mark.parametrize(
+    ("facts", "interval"),
+    [
+        # The watchdog's setting is 1000 s. Near the end of the job that end counts, sooner or later than that.
+        ({"state": "RUNNING", "end_time_s": 1020.0}, 16.0),
+        ({"state": "RUNNING", "end_time_s": 1090.0}, 86.0),
+        ({"state": "RUNNING", "end_time_s": 3000.0, "preempt_time_s": 1000.0}, 1996.0),
+        ({"state": "RUNNING", "end_time_s": 90000.0}, 1000.0),  # by hand: what hangs shall not hang on
+        ({"state": "RUNNING"}, 1000.0),
+        ({"state": "COMPLETING", "reason": "TimeLimit", "end_time_s": 1000.0}, 1000.0),
+        ({"state": "UNKNOWN"}, 1000.0),
+    ],
+)
+def test_how_long_a_step_boundary_is_waited_for(monkeypatch, facts, interval):
+    _, timers = waiting(monkeypatch, **facts)
+    assert timers[-1].interval == pytest.approx(interval)
+    assert [timer.finished.is_set() for timer in timers] == [True] * (len(timers) - 1) + [False]
+
+
+def test_other_ranks_wait_as_long_as_rank_0(monkeypatch):
+    peers, given_up = FakePeers(), []
+    waiting(monkeypatch, peers=peers, state="RUNNING", end_time_s=3000.0, preempt_time_s=1000.0)
+    _, timers = waiting(monkeypatch, 1, peers=peers, given_up=given_up)
+    later(monkeypatch, 1500.0)
+    fire(timers[-1])
+    assert (timers[-1].interval, given_up) == (998.0, [])
+    later(monkeypatch, 2498.0)
+    fire(timers[-1])
+    assert given_up == ["no step ended within 1000 s of the request to stop"]
+
+
+def test_a_rank_that_hears_nothing_of_rank_0_waits_as_configured(monkeypatch):
+    given_up = []
+    _, timers = waiting(monkeypatch, 1, peers=FakePeers(), given_up=given_up)
+    fire(timers[-1])
+    assert given_up
+
+
+def test_what_breathes_lives_as_long_as_the_job_goes_on(monkeypatch):
+    given_up = []
+    each, timers = waiting(monkeypatch, given_up=given_up, state="RUNNING", end_time_s=90000.0)
+    each._agreement = SimpleNamespace(due=lambda _: False)
+    later(monkeypatch, 1400.0)
+    assert not each.breathe(None)
+    later(monkeypatch, 1500.0)
+    fire(timers[-1])
+    assert (timers[-1].interval, given_up) == (900.0, [])
+    later(monkeypatch, 2400.0)
+    fire(timers[-1])
+    assert len(given_up) == 1
+
+
+def test_breathing_does_not_postpone_the_end_of_a_job(monkeypatch):
+    given_up = []
+    each, timers = waiting(monkeypatch, given_up=given_up, state="COMPLETING", reason="TimeLimit")
+    each._agreement = SimpleNamespace(due=lambda _: False)
+    later(monkeypatch, 1400.0)
+    each.breathe(None)
+    later(monkeypatch, 1500.0)
+    fire(timers[-1])
+    assert len(given_up) == 1
+
+
+class FakeDeadline:
+    """One that knows of a job's end and of what saves took."""
+
+    def __init__(self, ends_at_s=1030.0, saves_s=(5.0,) * 100):
+        self.ends_at_s = ends_at_s
+        self.pace = SimpleNamespace(saves_s=lambda: saves_s)
+        self.near = False
+
+    def start(self):
+        pass
+
+    close = start
+
+
+def test_when_no_save_fits_any_more_all_leave_or_are_made_to(monkeypatch):
+    timers = never_started(monkeypatch)
+    requests, given_up = [], []
+    each = stopped(ask=False, given_up=given_up, state="RUNNING", end_time_s=1030.0)
+    each.heed(FakeDeadline())
+    each._agreement = SimpleNamespace(request=lambda kind, **_: requests.append(kind))
+    each._heard()
+    assert timers[-1].interval == 28.0  # the end is known before the scheduler has answered
+    each._look_into({"signal": DEADLINE, "rank": 0, "why": "the numbers"})
+    assert each.verdict().cause is Cause.TIME_LIMIT
+    assert each.verdict().evidence.endswith("30 s before the time limit (the numbers)")
+    assert timers[-1].interval == pytest.approx(23.0, abs=1.0)  # a fast save
+    assert not each.leaving
+    fire(timers[-1])
+    assert requests == ["leave"]
+    each._requested("leave", {})
+    assert (each.leaving, timers[-1].interval) == (True, 10.0)
+    fire(timers[-1])
+    assert given_up == ["ranks are leaving without a save, and this one did not"]
+
+
+def test_the_end_that_is_known_serves_where_the_scheduler_does_not_answer():
+    each = stopped(ask=False, state="UNKNOWN")
+    each.heed(FakeDeadline())
+    each._look_into({"signal": DEADLINE, "rank": 0})
+    assert each.verdict().cause is Cause.TIME_LIMIT
+    assert each.left_s() == 30.0
+    each.abandon()
+
+
+def test_the_clock_asks_for_nothing_that_was_asked_for_before():
+    requests = []
+    each = stopped(ask=False, state="RUNNING")
+    each._agreement = SimpleNamespace(request=lambda kind, **details: requests.append(details["signal"]))
+    each.due("the numbers")
+    each.pending = True
+    each.due("the numbers")
+    assert requests == [DEADLINE]

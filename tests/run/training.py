@@ -72,3 +72,20 @@ def train(
             run.log(loss=loss)
             if step_s:
                 time.sleep(step_s)
+
+
+def train_slowly(seed, gates, steps):
+    """Train, each step slowly until there is a file ``GATES/SEED``: then the run finishes."""
+    with hr.Run(checkpoint={"every_steps": 20, "every_s": None}, seed=seed) as run:
+        net = torch.nn.Linear(16, 1)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+        data = run.loader(Samples(), global_batch=GLOBAL_BATCH)
+        run.track(model=net, optimizer=optimizer, data=data)
+        for _, (_, x, y) in run.steps(data, until=steps):
+            loss = (net(x).squeeze(-1) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(loss=loss)
+            if not Path(gates, str(seed)).exists():
+                time.sleep(0.2)

@@ -1,7 +1,7 @@
 import pytest
 
 from hpc_resume.scheduler.base import JobFacts
-from hpc_resume.scheduler.cause import Cause, classify
+from hpc_resume.scheduler.cause import DEADLINE, Cause, classify
 
 NOW_S = 1_000_000.0
 
@@ -94,3 +94,24 @@ def test_keyboard_interrupt_is_a_cancel_whatever_the_scheduler_says():
 
 def test_the_evidence_has_the_signal_and_the_facts():
     assert verdict("SIGTERM", facts("COMPLETING")).evidence.startswith("SIGTERM; as read: ")
+
+
+@pytest.mark.parametrize(
+    ("job", "cause"),
+    [
+        pytest.param(facts("RUNNING", end_time_s=NOW_S + 500), Cause.TIME_LIMIT, id="however far the end"),
+        pytest.param(facts("RUNNING"), Cause.TIME_LIMIT, id="an end that is not said any more"),
+        pytest.param(facts("UNKNOWN"), Cause.TIME_LIMIT, id="lookup failed: the end was known before"),
+        pytest.param(facts("NONE"), Cause.TIME_LIMIT, id="no scheduler"),
+        pytest.param(facts("RUNNING", preempt_time_s=NOW_S), Cause.PREEMPTION, id="preempted"),
+        pytest.param(facts("COMPLETING"), Cause.CANCEL, id="cancelled in the same moment"),
+        pytest.param(facts("COMPLETING", reason="TimeLimit"), Cause.TIME_LIMIT, id="looked up late"),
+        pytest.param(facts("COMPLETING", restarts=1), Cause.REQUEUE, id="requeued in the same moment"),
+    ],
+)
+def test_our_own_clock_means_the_time_limit_unless_the_facts_say_otherwise(job, cause):
+    assert verdict(DEADLINE, job).cause is cause
+
+
+def test_the_seconds_that_are_left_are_told():
+    assert "9 s before the time limit" in verdict(DEADLINE, facts("RUNNING", end_time_s=NOW_S + 9)).evidence

@@ -57,6 +57,8 @@ class FakeSlurm:
             raise answer
         if isinstance(answer, str):
             return Completed(code=0, out=answer, err="")
+        if isinstance(answer, Completed):
+            return answer
         code, err = answer
         return Completed(code=code, out="", err=err)
 
@@ -130,6 +132,7 @@ def test_a_lookup_is_tried_again(hiccup):
         pytest.param((1, "Unable to contact slurm controller"), 3, id="controller down"),
         pytest.param(subprocess.TimeoutExpired("scontrol", 10), 3, id="hangs"),
         pytest.param((1, "slurm_load_jobs error: Invalid job id specified"), 1, id="no such job: final"),
+        pytest.param(Completed(code=1, out="Job 9_3 not found", err=""), 1, id="no such element: final"),
         pytest.param(BlockingIOError("fork"), 3, id="no process left"),
         pytest.param(FileNotFoundError("scontrol"), 1, id="no scontrol"),
     ],

@@ -16,7 +16,7 @@ from hpc_resume.cli import main
 from hpc_resume.config import Config
 from hpc_resume.launch.script import render
 from tests.run.training import train
-from tests.slurm.test_runs import Scenario
+from tests.slurm.scenario import Scenario
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,8 +126,8 @@ def test_an_unfit_node_is_left_and_avoided(cluster):
     job = cluster.job(run.job)
     assert (job["Restarts"], job["ExcNodeList"], job["NodeList"]) == ("1", "small1", "small2")
     (note,) = map(json.loads, (run.root / "jobs/unfit-nodes.jsonl").read_text().splitlines())
-    assert (note["node"], note["job_id"]) == ("small1", run.job)
-    assert "sees 0; the job was given 2" in note["why"]
+    assert (note["job_id"], list(note["nodes"])) == (run.job, ["small1"])
+    assert "sees 0; the job was given 2" in note["nodes"]["small1"]
     (only,) = run.status()["attempts"]
     assert (only["nodes"], only["cause"]) == (("small2",), "done")
 
