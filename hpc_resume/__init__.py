@@ -14,6 +14,7 @@ from hpc_resume.errors import (
     BudgetSpent,
     CheckpointNotFound,
     ConfigError,
+    Declined,
     FencedError,
     HpcResumeError,
     IntegrityError,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from hpc_resume.exchange.dcpreader import DcpReader
     from hpc_resume.exchange.dcpwriter import DcpWriter
     from hpc_resume.job import Job, submit
+    from hpc_resume.rehearsal import rehearse
+    from hpc_resume.report.rehearsal import Rehearsal
     from hpc_resume.run.run import Run
 
 __all__ = [
@@ -43,12 +46,14 @@ __all__ = [
     "ConfigError",
     "DcpReader",
     "DcpWriter",
+    "Declined",
     "FencedError",
     "HpcResumeError",
     "IntegrityError",
     "Interrupted",
     "Job",
     "MismatchError",
+    "Rehearsal",
     "RendezvousError",
     "Run",
     "SaveError",
@@ -57,6 +62,7 @@ __all__ = [
     "TensorNotFound",
     "UsageError",
     "__version__",
+    "rehearse",
     "submit",
 ]
 
@@ -66,7 +72,9 @@ _LAZY = {
     "DcpReader": "hpc_resume.exchange.dcpreader",
     "DcpWriter": "hpc_resume.exchange.dcpwriter",
     "Job": "hpc_resume.job",
+    "Rehearsal": "hpc_resume.report.rehearsal",
     "Run": "hpc_resume.run.run",
+    "rehearse": "hpc_resume.rehearsal",
     "submit": "hpc_resume.job",
 }
 

@@ -14,6 +14,7 @@ from hpc_resume.cli.common import (
     BeforeCommand,
     as_json_flag,
     files_option,
+    load_config,
     main,
     options_option,
     print_json,
@@ -25,7 +26,6 @@ from hpc_resume.cli.common import (
 from hpc_resume.errors import EXIT_FAILED, HpcResumeError, UsageError
 
 if TYPE_CHECKING:
-    from hpc_resume.config import Config
     from hpc_resume.job import Job
     from hpc_resume.launch.resubmit import Answer
 
@@ -65,7 +65,7 @@ def submit(
         raise UsageError("give either FILE.py:FUNCTION or, after --, a command: hpc-resume submit --help")
     kwargs = parse_assignments(arguments, flag="--set")
     entry = make_entry(target or command or [], kwargs)
-    job = Job(submit_entry(entry, _load(files, options), run_dir=run_dir, kwargs=kwargs))
+    job = Job(submit_entry(entry, load_config(files, options), run_dir=run_dir, kwargs=kwargs))
     if not as_json:
         click.echo(str(job.run_dir))
     click.echo(f"submitted job {job.id}; look at it: hpc-resume status {_short(job.run_dir)}", err=True)
@@ -93,7 +93,7 @@ def script(ctx: click.Context, files: Sequence[str], options: Sequence[str], run
         raise UsageError(
             "no command was given; put it after --, such as: hpc-resume script -- python train.py"
         )
-    config = resolve(CommandEntry(command=command), _load(files, options), run_dir=run_dir, kwargs={})
+    config = resolve(CommandEntry(command=command), load_config(files, options), run_dir=run_dir, kwargs={})
     click.echo(render(config, command=command, run_dir=Path(config.run_dir)), nl=False)
 
 
@@ -177,15 +177,6 @@ def _print_answer(answer: Answer, *, as_json: bool) -> None:
         print_json({"job_id": answer.job_id, "over": answer.over, "why": answer.why})
     else:
         click.echo(answer.why)
-
-
-def _load(files: Sequence[str], options: Sequence[str]) -> Config:
-    import os
-
-    from hpc_resume.config import Config
-    from hpc_resume.values import parse_assignments
-
-    return Config.load(list(files), overrides=parse_assignments(options, flag="-o"), environ=os.environ)
 
 
 def _follow(job: Job) -> str:
