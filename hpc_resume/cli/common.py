@@ -16,6 +16,7 @@ from hpc_resume.errors import HpcResumeError
 from hpc_resume.untrusted import printable
 
 if TYPE_CHECKING:
+    from hpc_resume.config import Config
     from hpc_resume.report.tables import Table
 
 COMMAND = "hpc_resume.command"
@@ -89,6 +90,16 @@ def progress_of(what: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(what, *columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(what, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def load_config(files: Sequence[str], options: Sequence[str]) -> Config:
+    """Resolve the settings from files, environment and flags."""
+    import os
+
+    from hpc_resume.config import Config
+    from hpc_resume.values import parse_assignments
+
+    return Config.load(list(files), overrides=parse_assignments(options, flag="-o"), environ=os.environ)
 
 
 def print_json(value: Any) -> None:

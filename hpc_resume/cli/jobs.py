@@ -14,6 +14,7 @@ from hpc_resume.cli.common import (
     BeforeCommand,
     as_json_flag,
     files_option,
+    load_config,
     main,
     options_option,
     print_json,
@@ -76,10 +77,12 @@ def submit(
         if target is None:
             raise UsageError("--grid: a command takes no arguments from us; give FILE.py:FUNCTION")
         grid = parse_assignments(lists, flag="--grid", parse=parse_list)
-        _submit_grid(ctx, target, grid, kwargs, _load(files, options), run_dir, wait=wait, as_json=as_json)
+        _submit_grid(
+            ctx, target, grid, kwargs, load_config(files, options), run_dir, wait=wait, as_json=as_json
+        )
         return
     entry = make_entry(target or command or [], kwargs)
-    job = Job(submit_entry(entry, _load(files, options), run_dir=run_dir, kwargs=kwargs))
+    job = Job(submit_entry(entry, load_config(files, options), run_dir=run_dir, kwargs=kwargs))
     if not as_json:
         click.echo(str(job.run_dir))
     click.echo(f"submitted job {job.id}; look at it: hpc-resume status {_short(job.run_dir)}", err=True)
@@ -139,7 +142,7 @@ def script(ctx: click.Context, files: Sequence[str], options: Sequence[str], run
         raise UsageError(
             "no command was given; put it after --, such as: hpc-resume script -- python train.py"
         )
-    config = resolve(CommandEntry(command=command), _load(files, options), run_dir=run_dir, kwargs={})
+    config = resolve(CommandEntry(command=command), load_config(files, options), run_dir=run_dir, kwargs={})
     for warning in check_times(config.replace(scheduler="slurm")):
         click.echo(f"hpc-resume: warning: {warning}", err=True)
     click.echo(render(config, command=command, run_dir=Path(config.run_dir)), nl=False)
@@ -240,15 +243,6 @@ def _print_answer(answer: Answer, *, as_json: bool) -> None:
         print_json({"job_id": answer.job_id, "over": answer.over, "why": answer.why})
     else:
         click.echo(answer.why)
-
-
-def _load(files: Sequence[str], options: Sequence[str]) -> Config:
-    import os
-
-    from hpc_resume.config import Config
-    from hpc_resume.values import parse_assignments
-
-    return Config.load(list(files), overrides=parse_assignments(options, flag="-o"), environ=os.environ)
 
 
 def _follow(job: Job) -> str:

@@ -2,7 +2,8 @@
 
 It does on one machine what Slurm does to a job, in the same order and with the same signals (measured on
 Slurm 22.05). Started by :class:`hpc_resume.launch.onemachine.OneMachineExecutor` as
-``python -m hpc_resume.launch.controller PLAN``; ``SIGUSR1`` preempts the job, ``SIGTERM`` cancels it.
+``python -m hpc_resume.launch.controller PLAN``; ``SIGUSR1`` preempts the job, ``SIGUSR2`` brings the warning of its
+time limit, ``SIGTERM`` cancels it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from hpc_resume.errors import EXIT_CONTINUE
 from hpc_resume.files import DISK, Clock
+from hpc_resume.journal import read_events
 from hpc_resume.launch.attempt import Allocation, Attempt, Process, Times
 from hpc_resume.policy.exits import Outcome, after_exit
 from hpc_resume.rundir import RunDirectory
@@ -45,7 +47,7 @@ class Plan:
     command
         What every rank runs.
     allocations
-        Given in turn; the last one again and again.
+        Given in turn; the last one again and again, unless the run declines it: then the next, from the first.
     variables
         Of the ranks, over those that the controller has.
     max_idle
@@ -127,7 +129,7 @@ class Controller:
         self.plan = plan
         self._inherited = inherited
         self._clock, self._sleep, self._spawn = clock, sleep, spawn
-        self._cancel = self._preempt = False
+        self._cancel = self._preempt = self._expire = False
         self.state = initial_state(plan, pid=os.getpid())
 
     def cancel(self) -> None:
@@ -137,6 +139,10 @@ class Controller:
     def preempt(self) -> None:
         """Ask for the end of the attempt; safe in a signal handler."""
         self._preempt = True
+
+    def expire(self) -> None:
+        """Bring the warning of the time limit; safe in a signal handler."""
+        self._expire = True
 
     def run(self) -> LocalState:
         """Give allocations until the job is over, and return its last state."""
@@ -149,10 +155,10 @@ class Controller:
             raise
 
     def _run(self) -> LocalState:
-        idle, committed, restarts = 0, self._committed(), 0
+        idle, committed, restarts, place = 0, self._committed(), 0, 0
         while not self._cancel:
-            began_s = self._clock()
-            attempt = self._attempt(restarts)
+            began_s, begun = self._clock(), self._begun()
+            attempt = self._attempt(restarts, self.plan.allocations[place])
             if self._cancel:
                 break
             outcome = _outcome(attempt)
@@ -169,6 +175,8 @@ class Controller:
                     state="COMPLETED" if outcome.decision == "done" else "FAILED", why=outcome.why
                 )
             restarts += 1
+            last = len(self.plan.allocations) - 1
+            place = (place + 1) % (last + 1) if self._declined(since=begun) else min(place + 1, last)
             self._write(
                 state="PENDING",
                 reason=None,
@@ -181,11 +189,10 @@ class Controller:
                 self._sleep(_POLL_S)
         return self._write(state="CANCELLED", reason=None, why="cancelled")
 
-    def _attempt(self, restarts: int) -> Attempt:
+    def _attempt(self, restarts: int, allocation: Allocation) -> Attempt:
         """Run one attempt to its end."""
-        allocation = self.plan.allocations[min(restarts, len(self.plan.allocations) - 1)]
         began_s = self._clock()
-        self._preempt = False
+        self._preempt = self._expire = False
         self._write(
             state="RUNNING",
             reason=None,
@@ -207,7 +214,9 @@ class Controller:
             attempt = Attempt(
                 allocation, self.plan.times, processes, began_s=began_s, note=self._write, restarts=restarts
             )
-            while not attempt.step(self._clock(), cancel=self._cancel, preempt=self._preempt):
+            while not attempt.step(
+                self._clock(), cancel=self._cancel, preempt=self._preempt, expire=self._expire
+            ):
                 self._sleep(_POLL_S)
         except BaseException:
             for process in processes:
@@ -245,6 +254,16 @@ class Controller:
     def _committed(self) -> str | None:
         names = RunDirectory(Path(self.plan.run_dir)).checkpoint_names()
         return names[-1] if names else None
+
+    def _begun(self) -> int:
+        """Give the number of the run's last attempt."""
+        return max(RunDirectory(Path(self.plan.run_dir)).attempt_numbers(), default=0)
+
+    def _declined(self, *, since: int) -> bool:
+        """Whether an attempt after number ``since`` was not to go on on what it was given."""
+        run = RunDirectory(Path(self.plan.run_dir))
+        journals = [run.attempt(n) / "events.jsonl" for n in run.attempt_numbers() if n > since]
+        return any(event.get("cause") == "declined" for path in journals for event in read_events(path))
 
     def _write(self, **changes: Any) -> LocalState:
         self.state = dataclasses.replace(self.state, **changes)
@@ -321,6 +340,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: controller.cancel())
     signal.signal(signal.SIGINT, lambda *_: controller.cancel())
     signal.signal(signal.SIGUSR1, lambda *_: controller.preempt())
+    signal.signal(signal.SIGUSR2, lambda *_: controller.expire())
     return 0 if controller.run().state == "COMPLETED" else 1
 
 

@@ -52,6 +52,16 @@ class AttemptFacts:
         """Read :meth:`to_json`."""
         return cls(**{**record, "history": History.from_json(record["history"])})
 
+    def place(self, world_size: int) -> str:
+        """Say in words which attempt it is, and where."""
+        nodes = f" ({self.node_type})" if self.node_type else ""
+        return f"attempt {self.number} on {ranks_text(world_size)}{nodes}"
+
+
+def ranks_text(count: int) -> str:
+    """Give a number of ranks in words."""
+    return "1 rank" if count == 1 else f"{count} ranks"
+
 
 def begin_attempt(
     run: RunDirectory,
