@@ -200,7 +200,7 @@ class Faults:
                 return None
             self._pause(_LOOK_S)
 
-    def behind(self, verdict: Verdict, reason: str, *, no_hang: bool) -> Verdict:
+    def behind(self, verdict: Verdict, reason: str, *, at_boundary: bool) -> Verdict:
         """Tell why a run could not be stopped in order; on a thread of its own.
 
         Parameters
@@ -209,12 +209,11 @@ class Faults:
             Why the run was to stop.
         reason
             Of the watchdog.
-        no_hang
-            The step boundary came, and what followed took too long; or the end of the job came before it, or
-            another rank has left.
+        at_boundary
+            The step boundary came, or had come too late for a save: that is no hang of the training.
         """
         evidence = f"{reason}; asked to stop by {verdict.evidence}"
-        if no_hang or verdict.cause in {Cause.CANCEL, Cause.NODE_FAILURE, Cause.OUT_OF_MEMORY}:
+        if at_boundary or verdict.cause in {Cause.CANCEL, Cause.NODE_FAILURE, Cause.OUT_OF_MEMORY}:
             return dataclasses.replace(verdict, evidence=evidence)
         with contextlib.suppress(RuntimeError):  # the other threads wait on the connection that there is
             if (found := self.find(self._peers.apart())) is not None:

@@ -382,8 +382,8 @@ class Session:
             threading.Event().wait(_HEAD_START_S)
         elif self._last_word is not None:
             if self._faults is not None:
-                in_order = self._reached or self.stopping.leaving
-                verdict = self._faults.behind(verdict, reason, no_hang=in_order)
+                no_hang = self._reached or self.stopping.leaving
+                verdict = self._faults.behind(verdict, reason, at_boundary=no_hang)
             code = self._end(verdict).exit_code
         sys.stdout.flush()
         sys.stderr.flush()
