@@ -98,11 +98,10 @@ def begin_attempt(
     }
     DISK.write_file(run.attempt(number) / "attempt.json", sealed(record))
     journal = Journal(run.attempt(number) / "events.jsonl", clock=clock)
-    oom_kills = OomKills.read()
-    journal.event("begun", oom_kills=oom_kills.to_json())
+    journal.event("begun", oom_kills=OomKills.read().to_json())
     earlier = earlier_attempts(run, number)
     found = {}
-    for which, verdict in diagnoses(run, earlier, environment, scheduler, oom_kills):
+    for which, verdict in diagnoses(run, earlier, environment, scheduler):
         found[which] = verdict
         journal.event(
             "diagnosed",

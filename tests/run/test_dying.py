@@ -30,7 +30,7 @@ def narrow():
     folder = Path(f"/sys/fs/cgroup/memory/hpc-resume-dying-{os.getpid()}")
     try:
         folder.mkdir()
-        (folder / "memory.limit_in_bytes").write_text("200M")
+        (folder / "memory.limit_in_bytes").write_text("1G")
     except OSError:
         pytest.skip("control groups of version 1 can't be made here")
     yield folder
@@ -39,15 +39,17 @@ def narrow():
 
 def train_too_much(steps, narrow, rank=None):
     """Run out of the host's memory in the fifth step of the first attempt."""
-    step = hr.Run.log
+    attempt, own_rank = os.environ["HPC_RESUME_RESTART_COUNT"], os.environ["SUBMITIT_LOCAL_GLOBALID"]
+    if attempt == "0" and rank in {None, int(own_rank)}:
+        (Path(narrow) / "cgroup.procs").write_text("0")
+        step = hr.Run.log
 
-    def log(run, **values):
-        if run.step == 5 and run.attempt == 1 and rank in {None, run.rank}:
-            (Path(narrow) / "cgroup.procs").write_text("0")
-            bytearray(1 << 30)
-        step(run, **values)
+        def log(run, **values):
+            if run.step == 5:
+                bytearray(2 << 30)
+            step(run, **values)
 
-    hr.Run.log = log
+        hr.Run.log = log
     train(steps, every_steps=2)
 
 

@@ -21,6 +21,7 @@ from hpc_resume.scheduler.cause import Cause, Verdict
 from hpc_resume.scheduler.environment import JobEnvironment
 from hpc_resume.scheduler.local import process_ticks
 
+COUNTS = OomKills(boot="b", node=1)
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:49300")
 
 
@@ -40,14 +41,13 @@ class Ranks:
     def __init__(self, folder, size=2, kills=0):
         self.now = 0.0
         self.store = dist.HashStore()
-        before = OomKills(boot="b", node=1, job=None)
         self.ranks = []
         for rank in range(size):
             peers = Peers(environment(rank, size), self.store, None, "x")
             self.ranks.append(
                 Faults(
-                    environment(rank, size), peers, folder, before,
-                    read_oom_kills=lambda: OomKills(boot="b", node=1 + kills, job=None),
+                    environment(rank, size), peers, folder, COUNTS,
+                    kills_since=lambda _: kills,
                     monotonic=lambda: self.now, pause=self.pause,
                 )
             )  # fmt: skip
@@ -150,7 +150,7 @@ def test_a_collective_that_times_out_while_nobody_has_failed_is_a_hang(ranks):
 
 def neighbour(faults, rank, *, alive):
     pid = os.getpid()
-    faults._neighbours = {rank: (pid, process_ticks(pid) - (0 if alive else 1))}
+    faults._neighbours = {rank: (pid, process_ticks(pid) - (0 if alive else 1), COUNTS)}
 
 
 @pytest.mark.parametrize(("kills", "cause"), [(0, Cause.CRASH), (1, Cause.OUT_OF_MEMORY)])
@@ -186,14 +186,14 @@ def test_a_killed_data_worker_needs_the_kernels_word(tmp_path):
 def test_what_is_certain_stays_when_no_boundary_comes(ranks, cause):
     neighbour(ranks[0], 1, alive=False)
     found = ranks[0].behind(
-        Verdict(cause=cause, evidence="SIGTERM"), "no step ended within 60 s", at_boundary=False
+        Verdict(cause=cause, evidence="SIGTERM"), "no step ended within 60 s", no_hang=False
     )
     assert found.cause is cause
 
 
 def test_no_boundary_and_nobody_dead_is_a_hang(ranks):
     asked = Verdict(cause=Cause.TIME_LIMIT, evidence="SIGUSR2; 100 s before the time limit")
-    found = ranks[0].behind(asked, "no step ended within 60 s", at_boundary=False)
+    found = ranks[0].behind(asked, "no step ended within 60 s", no_hang=False)
     assert found.cause is Cause.HANG
     assert found.evidence == (
         "no step ended within 60 s; asked to stop by SIGUSR2; 100 s before the time limit"
@@ -203,7 +203,7 @@ def test_no_boundary_and_nobody_dead_is_a_hang(ranks):
 def test_a_last_save_that_takes_too_long_is_no_hang(ranks):
     neighbour(ranks[0], 1, alive=False)
     asked = Verdict(cause=Cause.TIME_LIMIT, evidence="SIGUSR2")
-    found = ranks[0].behind(asked, "the last checkpoint was not committed", at_boundary=True)
+    found = ranks[0].behind(asked, "the last checkpoint was not committed", no_hang=True)
     assert found.cause is Cause.TIME_LIMIT
     assert found.evidence == "the last checkpoint was not committed; asked to stop by SIGUSR2"
 
@@ -211,7 +211,7 @@ def test_a_last_save_that_takes_too_long_is_no_hang(ranks):
 def test_no_boundary_because_a_rank_is_dead(ranks):
     neighbour(ranks[0], 1, alive=False)
     asked = Verdict(cause=Cause.SIGNAL, evidence="SIGTERM", already_requeued=True)
-    found = ranks[0].behind(asked, "the ranks could not agree", at_boundary=False)
+    found = ranks[0].behind(asked, "the ranks could not agree", no_hang=False)
     assert (found.cause, found.nodes, found.already_requeued) == (Cause.CRASH, ("n1",), True)
     assert found.evidence.startswith("rank 1 on n1: its process")
 
