@@ -35,6 +35,7 @@ from hpc_resume.settings import (
     NodeType,
     Seconds,
     Settings,
+    SiteSettings,
     SlurmSettings,
     StopSettings,
 )
@@ -42,7 +43,7 @@ from hpc_resume.values import merge, parse_value, put, read_yaml
 
 PREFIX = "HPC_RESUME_"
 #: Variables with our prefix that launchers set and that are no settings.
-WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH", "CHAIN", "REHEARSAL"})
+WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH", "CHAIN", "REHEARSAL", "STEP"})
 
 
 class Config(Settings):
@@ -76,6 +77,7 @@ class Config(Settings):
     stop: StopSettings = StopSettings()
     budget: BudgetSettings = BudgetSettings()
     array: ArraySettings = ArraySettings()
+    site: SiteSettings = SiteSettings()
     entry: EntrySettings = EntrySettings()
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)

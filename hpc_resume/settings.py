@@ -102,6 +102,48 @@ class NodeType(Settings):
         return self
 
 
+#: Source: apptainer-exec(1).
+_WITHOUT_ENVIRONMENT = frozenset({"-e", "--cleanenv", "-C", "--containall"})
+
+
+class ContainerSettings(Settings):
+    """The container that the ranks run in; under Slurm only."""
+
+    runtime: Literal["apptainer", "singularity", "pyxis"] = "apptainer"
+    """``pyxis`` is Slurm's plugin: srun starts the container; the others stand before the command."""
+    image: str | None = None
+    """A file, or what the runtime takes for one; without it there is no container."""
+    mounts: tuple[str, ...] = ()
+    """More of the host, as ``SOURCE:TARGET:OPTIONS`` or one path; the run's and the submitting folder are there."""
+    args: tuple[str, ...] = ()
+    """More options of the runtime, such as ``--nv`` (Apptainer, for GPUs)."""
+    words: tuple[str, ...] = ()
+    """For any other runtime, in place of the above: words before the command, ``[shifter, --image=a/b]``."""
+
+    @property
+    def used(self) -> bool:
+        """Whether there is one."""
+        return self.image is not None or bool(self.words)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_list_as_words(cls, values: Any) -> Any:
+        return {"words": values} if isinstance(values, (list, tuple)) else values
+
+    @model_validator(mode="after")
+    def _check_one_way(self) -> ContainerSettings:
+        if self.words and self.image is not None:
+            raise ValueError("words are for a runtime that is not known here; give them, or an image")
+        if self.image is None and (self.mounts or self.args):
+            raise ValueError("mounts and args belong to an image; give the image, too")
+        if clean := _WITHOUT_ENVIRONMENT & set(self.args):
+            raise ValueError(
+                f"args: {min(clean)} keeps the job's variables from the ranks, which need SLURM_* and HPC_RESUME_*; "
+                "leave it out, or use --contain, which keeps the files apart"
+            )
+        return self
+
+
 class SlurmSettings(Settings):
     """What ``sbatch`` and ``srun`` are told besides the node type."""
 
@@ -117,18 +159,29 @@ class SlurmSettings(Settings):
     additional_parameters: dict[str, Any] = Field(default_factory=dict)
     """Any other ``#SBATCH`` line, as name: value, without the dashes."""
     srun_args: tuple[str, ...] = ()
-    container: tuple[str, ...] = ()
-    """Words before the command on srun's line, such as ``[apptainer, exec, --nv, image.sif]``."""
+    container: ContainerSettings = ContainerSettings()
+    """A container, or a list of words before the command on srun's line: ``[apptainer, exec, image.sif]``."""
+    check_nodes: bool = False
+    """Look at every node before the ranks start (``hpc-resume doctor --node``), and leave those that are unfit."""
 
 
 class EnvironmentSettings(Settings):
-    """How the processes of a job find their software."""
+    """How the processes of a job find their software: modules, then an environment, then any other line."""
 
+    modules: tuple[str, ...] = ()
+    """Environment modules to load, in order: ``[gcc/13, cuda/12.4]``."""
+    activate: str | None = None
+    """A venv's or conda environment's folder, or a conda environment's name."""
     setup: tuple[str, ...] = ()
-    """Shell lines before the processes start: ``module load``, ``source .../activate``."""
+    """Shell lines after these, before the processes start."""
     python: str | None = None
-    """Interpreter of the job; without it the one that submits."""
+    """Interpreter of the job; without it the activated environment's, else the one that submits."""
     variables: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def interpreter(self) -> str | None:
+        """The job's interpreter; ``None``: the one that submits."""
+        return self.python or ("python" if self.activate is not None else None)
 
 
 class CheckpointSettings(Settings):
@@ -181,6 +234,15 @@ class BudgetSettings(Settings):
     backoff_s: Lead = 30.0
     """Wait before the next attempt once two in a row have saved nothing; twice as long each further time."""
     longest_backoff_s: Lead = 1800.0
+    restarts_in_place: Annotated[int, Field(ge=0)] = 2
+    """Crashed ranks are started again in the same allocation so often in a row without a new checkpoint."""
+
+
+class SiteSettings(Settings):
+    """What only the site's documentation says."""
+
+    purge_after_days: Annotated[float, Field(gt=0)] | None = None
+    """Files below ``run_dir`` that nobody has touched for so long are deleted by the site."""
 
 
 class ArraySettings(Settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -77,6 +78,14 @@ def main() -> None:
     """
 
 
+def load_config(files: Sequence[str], options: Sequence[str]) -> Config:
+    """Read the settings that a verb is given: ``-o`` over variables over ``-c``."""
+    from hpc_resume.config import Config
+    from hpc_resume.values import parse_assignments
+
+    return Config.load(list(files), overrides=parse_assignments(options, flag="-o"), environ=os.environ)
+
+
 @contextlib.contextmanager
 def progress_of(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """Show on stderr how many bytes are done, if it is a terminal; else do nothing."""
@@ -90,16 +99,6 @@ def progress_of(what: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(what, *columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(what, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
-
-
-def load_config(files: Sequence[str], options: Sequence[str]) -> Config:
-    """Resolve the settings from files, environment and flags."""
-    import os
-
-    from hpc_resume.config import Config
-    from hpc_resume.values import parse_assignments
-
-    return Config.load(list(files), overrides=parse_assignments(options, flag="-o"), environ=os.environ)
 
 
 def print_json(value: Any) -> None:

@@ -50,7 +50,7 @@ class Attempt:
     processes
         The ranks, started.
     began_s
-        Unix time of the start.
+        Unix time at which the allocation was given.
     note
         Called with changed fields of the job's state, always before the signal that they explain.
     restarts
@@ -80,6 +80,11 @@ class Attempt:
         self._first_to_fall: dict[int, int] = {}
         self.ended_by: str | None = None
         """Why the scheduler ended it: ``"time limit"``, ``"preemption"``; ``None`` if it did not."""
+
+    @property
+    def left_alone(self) -> bool:
+        """Whether nobody has warned it or asked for its end."""
+        return self.ended_by is None and not self._warned and not self._cancelled
 
     @property
     def exit_codes(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -22,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc_resume.errors import EXIT_CONTINUE
-from hpc_resume.files import DISK, Clock
+from hpc_resume.files import DISK, Clock, JsonObject
 from hpc_resume.journal import read_events
 from hpc_resume.launch.attempt import Allocation, Attempt, Process, Times
 from hpc_resume.policy.exits import Outcome, after_exit
+from hpc_resume.policy.inplace import WORDS, starts_again
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.scheduler.local import LocalState, cancel_path, process_ticks, state_path
 
@@ -51,7 +53,9 @@ class Plan:
     variables
         Of the ranks, over those that the controller has.
     max_idle
-        Attempts in a row that neither saved nor committed anything, after which the job fails.
+        Allocations in a row that neither saved nor committed anything, after which the job fails.
+    restarts_in_place
+        How often in a row, without a new checkpoint, crashed ranks are started again in the same allocation.
     """
 
     job_id: str
@@ -62,6 +66,7 @@ class Plan:
     times: Times
     variables: Mapping[str, str]
     max_idle: int
+    restarts_in_place: int = 0
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -129,6 +134,7 @@ class Controller:
         self.plan = plan
         self._inherited = inherited
         self._clock, self._sleep, self._spawn = clock, sleep, spawn
+        self._run_directory = RunDirectory(Path(plan.run_dir))
         self._cancel = self._preempt = self._expire = False
         self.state = initial_state(plan, pid=os.getpid())
 
@@ -158,7 +164,7 @@ class Controller:
         idle, committed, restarts, place = 0, self._committed(), 0, 0
         while not self._cancel:
             began_s, begun = self._clock(), self._begun()
-            attempt = self._attempt(restarts, self.plan.allocations[place])
+            attempt = self._allocation(restarts, self.plan.allocations[place])
             if self._cancel:
                 break
             outcome = _outcome(attempt)
@@ -185,31 +191,64 @@ class Controller:
                 end_time=None,
                 why=outcome.why,
             )
-            while not self._cancel and self._clock() < began_s + _SHORTEST_CYCLE_S:
-                self._sleep(_POLL_S)
+            self._pause(began_s)
         return self._write(state="CANCELLED", reason=None, why="cancelled")
 
-    def _attempt(self, restarts: int, allocation: Allocation) -> Attempt:
-        """Run one attempt to its end."""
+    def _allocation(self, restarts: int, allocation: Allocation) -> Attempt:
+        """Use up one allocation: an attempt, and after a crash another in its place; gives the last one."""
         began_s = self._clock()
+        end_s = None if allocation.time_limit_s is None else began_s + allocation.time_limit_s
         self._preempt = self._expire = False
         self._write(
             state="RUNNING",
             reason=None,
             restarts=restarts,
             preempt_time=None,
-            end_time=None if allocation.time_limit_s is None else began_s + allocation.time_limit_s,
+            end_time=end_s,
             node_type=allocation.name,
             ranks=allocation.ranks,
             exit_codes=(),
             why="",
         )
+        committed, in_place = self._committed(), 0
+        for step in itertools.count():
+            known, step_began_s = len(self._run_directory.attempt_numbers()), self._clock()
+            attempt = self._attempt(allocation, restarts, step, began_s=began_s)
+            before, committed = committed, self._committed()
+            in_place = 0 if committed != before else in_place
+            if self._cancel or self._preempt or not attempt.left_alone:
+                break
+            if not starts_again(
+                tuple(attempt.telling_codes.values()),
+                self._words(known),
+                left_s=None if end_s is None else end_s - self._clock(),
+                least_s=self.plan.times.warning_lead_s,
+                restarts=in_place,
+                most=self.plan.restarts_in_place,
+            ):
+                break
+            in_place += 1
+            self._write(why=f"started again in place after exit codes {attempt.exit_codes}")
+            self._pause(step_began_s)
+            if self._cancel:
+                break
+        return attempt
+
+    def _words(self, known: int) -> list[JsonObject]:
+        """Give what the newest attempt's journal says of its end, if it is none of the ``known`` ones."""
+        numbers = self._run_directory.attempt_numbers()
+        if len(numbers) <= known:
+            return []
+        return read_events(self._run_directory.attempt(numbers[-1]) / "events.jsonl", WORDS)
+
+    def _attempt(self, allocation: Allocation, restarts: int, step: int, *, began_s: float) -> Attempt:
+        """Run one attempt to its end."""
         for stale in Path(self.plan.folder).glob(f"{self.plan.job_id}_*_result.pkl*"):
             stale.unlink()  # submitit would take an earlier attempt's result for this one's
         processes: list[Process] = []
         try:
             for rank in range(allocation.ranks):
-                variables = {**self._inherited, **self._variables(allocation, restarts, rank)}
+                variables = {**self._inherited, **self._variables(allocation, restarts, step, rank)}
                 processes.append(self._spawn(self.plan.command, variables, self.plan.log_path(rank)))
             attempt = Attempt(
                 allocation, self.plan.times, processes, began_s=began_s, note=self._write, restarts=restarts
@@ -228,11 +267,15 @@ class Controller:
 
     def _leave_codes(self, attempt: Attempt, restarts: int) -> None:
         """Leave for the next attempt how the ranks ended: one that was killed could not say so itself."""
-        path = RunDirectory(Path(self.plan.run_dir)).exit_codes_path(self.plan.job_id, restarts)
+        path = self._run_directory.exit_codes_path(self.plan.job_id, restarts)
         if path.parent.is_dir():  # else no attempt has begun
             DISK.write_file(path, json.dumps(attempt.telling_codes).encode())
 
-    def _variables(self, allocation: Allocation, restarts: int, rank: int) -> dict[str, str]:
+    def _pause(self, began_s: float) -> None:
+        while not self._cancel and self._clock() < began_s + _SHORTEST_CYCLE_S:
+            self._sleep(_POLL_S)
+
+    def _variables(self, allocation: Allocation, restarts: int, step: int, rank: int) -> dict[str, str]:
         threads = max(1, len(os.sched_getaffinity(0)) // allocation.ranks)
         return {
             "OMP_NUM_THREADS": self._inherited.get("OMP_NUM_THREADS", str(threads)),
@@ -240,6 +283,7 @@ class Controller:
             "HPC_RESUME_RUN_DIR": self.plan.run_dir,
             "HPC_RESUME_JOB_STATE": str(self.plan.state_path),
             "HPC_RESUME_RESTART_COUNT": str(restarts),
+            "HPC_RESUME_STEP": str(step),
             "HPC_RESUME_NODE_TYPE": allocation.name,
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_PREEMPT_SIGNAL": self.plan.times.warning_signal,
@@ -252,16 +296,16 @@ class Controller:
         }
 
     def _committed(self) -> str | None:
-        names = RunDirectory(Path(self.plan.run_dir)).checkpoint_names()
+        names = self._run_directory.checkpoint_names()
         return names[-1] if names else None
 
     def _begun(self) -> int:
         """Give the number of the run's last attempt."""
-        return max(RunDirectory(Path(self.plan.run_dir)).attempt_numbers(), default=0)
+        return max(self._run_directory.attempt_numbers(), default=0)
 
     def _declined(self, *, since: int) -> bool:
         """Whether an attempt after number ``since`` was not to go on on what it was given."""
-        run = RunDirectory(Path(self.plan.run_dir))
+        run = self._run_directory
         journals = [run.attempt(n) / "events.jsonl" for n in run.attempt_numbers() if n > since]
         return any(event.get("cause") == "declined" for path in journals for event in read_events(path))
 

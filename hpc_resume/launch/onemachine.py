@@ -22,6 +22,7 @@ from hpc_resume.config import Config
 from hpc_resume.errors import IntegrityError, SchedulerError
 from hpc_resume.launch.attempt import Allocation, Times
 from hpc_resume.launch.controller import Plan, initial_state
+from hpc_resume.launch.software import software_lines
 from hpc_resume.scheduler.local import LocalState, cancel_path, state_path
 
 #: Starting an interpreter on a cold file system takes seconds.
@@ -137,7 +138,7 @@ class OneMachineExecutor(LocalExecutor):
         job_id: str | None = None,
         start: Callable[[Plan], None] | None = None,
     ) -> None:
-        python = config.environment.python
+        python = config.environment.interpreter
         super().__init__(folder, python=None if python is None else shlex.quote(python))
         self._config = config
         self._run_dir = run_dir
@@ -156,7 +157,7 @@ class OneMachineExecutor(LocalExecutor):
             job_id=job_id,
             folder=str(self.folder),
             run_dir=str(self._run_dir),
-            command=_with_setup(shlex.split(command), config.environment.setup),
+            command=_with_setup(shlex.split(command), software_lines(config.environment)),
             allocations=tuple(
                 Allocation(
                     name=node_type.name,
@@ -174,6 +175,7 @@ class OneMachineExecutor(LocalExecutor):
             ),
             variables={**config.environment.variables, **self._variables},
             max_idle=config.budget.max_idle,
+            restarts_in_place=config.budget.restarts_in_place,
         )
         self._start(plan)
         return OneMachineJob(folder=self.folder, job_id=job_id, tasks=(0,))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +17,7 @@ import yaml
 from hpc_resume._version import __version__
 from hpc_resume.config import Config
 from hpc_resume.errors import UsageError
+from hpc_resume.launch.software import container_words, software_lines
 from hpc_resume.scheduler.notes import NOTES
 from hpc_resume.settings import NodeType
 
@@ -32,6 +35,10 @@ _SETTINGS_OF_RANKS = (
 )
 #: Source: sbatch(1), --signal.
 _LONGEST_LEAD_S = 65535
+#: A look at a node takes seconds, and a minute where a busy filesystem gives Python's files.
+_CHECK_S = 120
+#: The warning comes up to 30 s early (measured), and starting takes its time, too.
+_WORTH_IT_S = 60
 
 _WHY = {
     "open-mode": "A requeued job goes on writing to the same log.",
@@ -120,8 +127,6 @@ def render(
     UsageError
         If a value can't be written into a script.
     """
-    import jinja2
-
     slurm, asked = config.slurm, config.node_types[node_type]
     several = len(config.node_types) > 1
     exports = dict(config.environment.variables)
@@ -138,19 +143,15 @@ def render(
     words = ["--kill-on-bad-exit=1"]
     if rank_output is not None:
         words.append(f"--output={rank_output}")
-    words += [*slurm.srun_args, *slurm.container]
+    words += slurm.srun_args
+    options, inside = container_words(slurm.container, run_dir)
+    line = _one_line("command", command if isinstance(command, str) else shlex.join(command))
+    check = [*inside, shlex.quote(job_interpreter(config, line)), "-m", "hpc_resume.cli", "doctor", "--node"]
     if output is None:
         output = "%x-%A_%a.log" if config.continuation == "array" else "%x-%j.log"
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 - a shell script, quoted by the filter below
-    )
-    environment.filters["quote"] = shlex.quote
     queues = config.continuation in {"chain", "array"}
-    return environment.from_string(_template()).render(
+    return fill_in(
+        _TEMPLATE,
         title=f"{'Job of the run' if runs is None else 'Jobs of the runs'} {config.name!r}. "
         f"Written by hpc_resume {__version__}.",
         run_dir=_one_line("run_dir", str(run_dir)),
@@ -167,12 +168,42 @@ def render(
         type_options="|".join(_OF_NODE_TYPE),
         tasks=asked.tasks_per_node,
         pickles=None if pickles is None else str(pickles),
-        directives=_directives(config, asked, output, runs),
-        setup=config.environment.setup,
+        directives=job_directives(config, asked, output, runs),
+        setup=software_lines(config.environment),
         variables={name: _one_line(name, value) for name, value in exports.items()},
-        srun=shlex.join(words),
-        command=_one_line("command", command if isinstance(command, str) else shlex.join(command)),
+        srun=" ".join([shlex.join(words), *options]),
+        command=" ".join([*inside, line]),
+        check=" ".join(check) if slurm.check_nodes else None,
+        check_options=" ".join(["--ntasks-per-node=1", "--kill-on-bad-exit=0", *options]),
+        check_s=_CHECK_S,
+        restarts=config.budget.restarts_in_place,
+        least_s=math.ceil(config.warning_lead_s) + _WORTH_IT_S,
     )
+
+
+def job_interpreter(config: Config, command: str = "") -> str:
+    """Choose the Python of a job's own looks and checks: the ranks', as far as that can be told."""
+    first = (command.split() or [""])[0]
+    if config.environment.interpreter is not None:
+        return config.environment.interpreter
+    if re.fullmatch(r"[\w./-]*\bpython[\d.]*", first):
+        return first
+    return "python3" if config.slurm.container.used else sys.executable
+
+
+def fill_in(template: str, **values: Any) -> str:
+    """Fill in a template of ``templates/``."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - a shell script, quoted by the filter below
+    )
+    environment.filters["quote"] = shlex.quote
+    return environment.from_string(_template(template)).render(**values)
 
 
 def node_type_options(config: Config, number: int) -> list[str]:
@@ -225,10 +256,10 @@ def _node_type_values(config: Config, node_type: NodeType) -> dict[str, Any]:
     }
 
 
-def _directives(
-    config: Config, node_type: NodeType, output: str, runs: RunList | None
+def job_directives(
+    config: Config, node_type: NodeType, output: str, runs: RunList | None = None
 ) -> list[tuple[str | None, str]]:
-    """Lines after ``#SBATCH``, each with the comment above it."""
+    """Give the lines after ``#SBATCH``, each with the comment above it."""
     slurm = config.slurm
     asked = _node_type_values(config, node_type)
     lead_s = min(math.ceil(config.warning_lead_s), _LONGEST_LEAD_S)
@@ -320,9 +351,9 @@ def _scalar(value: Any) -> str:
     return str(yaml.safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("...\n").strip()
 
 
-def _template() -> str:
+def _template(name: str) -> str:
     try:
         folder = resources.files("hpc_resume.templates")
     except ModuleNotFoundError:  # a checkout that is not installed: setup.cfg maps the folder
-        return (Path(__file__).parents[2] / "templates" / _TEMPLATE).read_text()
-    return (folder / _TEMPLATE).read_text()
+        return (Path(__file__).parents[2] / "templates" / name).read_text()
+    return (folder / name).read_text()

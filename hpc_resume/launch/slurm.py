@@ -39,7 +39,7 @@ class ResumeSlurmExecutor(submitit.SlurmExecutor):
     """
 
     def __init__(self, folder: Path, *, config: Config, run_dir: Path, config_path: Path) -> None:
-        python = config.environment.python
+        python = config.environment.interpreter
         super().__init__(folder, python=None if python is None else shlex.quote(python))
         self._config = config
         self._run_dir = run_dir

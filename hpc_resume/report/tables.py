@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from hpc_resume.checkpoint.manifest import MODEL
 from hpc_resume.files import JsonObject
+from hpc_resume.policy.recommendation import Recommendation
 from hpc_resume.policy.retention import RetentionPlan
+from hpc_resume.provenance.finding import Finding
 from hpc_resume.report.checkpoints import CheckpointSummary
 from hpc_resume.report.status import AttemptStatus, RunStatus
 from hpc_resume.rundir import checkpoint_step
@@ -115,6 +117,21 @@ def pruning_table(plan: RetentionPlan, *, done: bool) -> Table:
             )
             for name, why in rows
         ),
+    )
+
+
+def findings_table(findings: Sequence[tuple[str, Finding]], advice: Recommendation | None = None) -> Table:
+    """Show what was looked at, by area, and how runs are continued best."""
+    bad = sum(finding.level == "bad" for _, finding in findings)
+    note = f"continuation: {advice.continuation} ({'; '.join(advice.reasons)})" if advice else ""
+    return Table(
+        title=f"{_count(bad, 'problem')}" if bad else "nothing stands in the way",
+        columns=("area", "what", "", "how it is"),
+        rows=tuple(
+            (area, each.what, "" if each.level == "ok" else each.level, each.detail)
+            for area, each in findings
+        ),
+        note=note,
     )
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from hpc_resume.errors import RendezvousError
 from hpc_resume.files import DISK, Clock
+from hpc_resume.run.addresses import own_addresses
 from hpc_resume.scheduler.environment import JobEnvironment
 
 #: Until all ranks must have found rank 0. Imports on a busy parallel filesystem take minutes.
@@ -203,7 +204,7 @@ def join(
         )
         token = uuid.uuid4().hex
         opened.set("token", token)
-        hosts = _addresses(one_node=environment.local_world_size == environment.world_size)
+        hosts = own_addresses(one_node=environment.local_world_size == environment.world_size)
         invitation = {"hosts": hosts, "port": opened.port, "token": token}
         DISK.write_file(meeting, json.dumps(invitation).encode())
         peers = Peers(environment, opened, ("127.0.0.1", opened.port), "hpc-resume")
@@ -277,24 +278,3 @@ def _try_connect(host: str, port: int, token: str) -> dist.TCPStore | None:
     except (OSError, RuntimeError):
         pass
     return None
-
-
-def _addresses(*, one_node: bool) -> list[str]:
-    """Return addresses under which other nodes may reach this one, the likeliest first."""
-    if one_node:
-        return ["127.0.0.1"]
-    found: list[str] = []
-    name = socket.gethostname()
-    for candidate in (name, socket.getfqdn(name)):
-        try:
-            found += [str(info[4][0]) for info in socket.getaddrinfo(candidate, None, socket.AF_INET)]
-        except OSError:
-            continue
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: asks which interface a route would take
-            found.append(probe.getsockname()[0])
-    except OSError:
-        pass
-    distinct = list(dict.fromkeys(found)) or ["127.0.0.1"]
-    return sorted(distinct, key=lambda host: host.startswith("127."))

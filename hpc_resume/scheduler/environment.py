@@ -137,6 +137,7 @@ def _job(environ: Mapping[str, str]) -> _Job:
             kind="local",
             job_id=_text(environ, "SUBMITIT_LOCAL_JOB_ID"),
             restart_count=_number(environ, "HPC_RESUME_RESTART_COUNT", 0),
+            step=_number(environ, "HPC_RESUME_STEP", 0),
         )
     if environ.get("SLURM_JOB_ID"):
         return _Job(
@@ -178,7 +179,7 @@ def _ranks(environ: Mapping[str, str], job: _Job, *, pid: int, parent_pid: int |
     if job.kind in {"local", "submitit-local"}:
         return _local_ranks(environ, job)
     if job.step is not None:
-        return _slurm_ranks(environ, job, job.step)
+        return _slurm_ranks(environ, job)
     identity = _job_identity(job)
     return _Ranks(
         launcher="none",
@@ -224,7 +225,7 @@ def _local_ranks(environ: Mapping[str, str], job: _Job) -> _Ranks:
     )
 
 
-def _slurm_ranks(environ: Mapping[str, str], job: _Job, step: int) -> _Ranks:
+def _slurm_ranks(environ: Mapping[str, str], job: _Job) -> _Ranks:
     # SLURM_NTASKS may be the job's, left from submission; the step's own numbers are always right.
     size_name = "SLURM_STEP_NUM_TASKS" if environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
     world_size = _positive(environ, size_name)
@@ -235,7 +236,7 @@ def _slurm_ranks(environ: Mapping[str, str], job: _Job, step: int) -> _Ranks:
         world_size=world_size,
         local_rank=_index(environ, "SLURM_LOCALID", local_world_size, "SLURM_STEP_TASKS_PER_NODE", 0),
         local_world_size=local_world_size,
-        rendezvous=f"{_job_identity(job)}-{step}",
+        rendezvous=_job_identity(job),
     )
 
 
@@ -257,11 +258,13 @@ def _tasks_on_node(environ: Mapping[str, str], world_size: int) -> int:
 
 
 def _job_identity(job: _Job) -> str:
+    """Name this start of the job's processes: ranks that are started again in place are another step."""
     if job.kind == "plain":
         return ""
     if job.kind == "submitit-local":
         return f"submitit-local-{job.job_id}"  # submitit does not number its restarts
-    return f"{job.kind}-{job.job_id}-{job.restart_count}"
+    identity = f"{job.kind}-{job.job_id}-{job.restart_count}"
+    return identity if job.step is None else f"{identity}-{job.step}"
 
 
 def _text(environ: Mapping[str, str], name: str) -> str:

@@ -72,7 +72,7 @@ def world():
     return World()
 
 
-def play(tmp_path, world, *attempts, more=(), max_idle=3, before=None, **times):
+def play(tmp_path, world, *attempts, more=(), max_idle=3, in_place=0, before=None, **times):
     """Run a job whose attempts are an allocation's fields and the ranks it will have, then ``more`` ranks."""
     plan = Plan(
         job_id="j",
@@ -86,6 +86,7 @@ def play(tmp_path, world, *attempts, more=(), max_idle=3, before=None, **times):
         times=Times(**{"warning_lead_s": 5.0, "warning_signal": "USR2", "kill_wait_s": 3.0, **times}),
         variables={"MINE": "1"},
         max_idle=max_idle,
+        restarts_in_place=in_place,
     )
     waiting = [*(rank for _, *ranks in attempts for rank in ranks), *more]
 
@@ -328,7 +329,7 @@ def test_the_state_names_its_controller(tmp_path, world):
 
 def test_a_plan_survives_its_file(tmp_path):
     plan = Plan(
-        job_id="j", folder="/f", run_dir="/r", command=("a", "b"), variables={"A": "1"}, max_idle=2,
+        job_id="j", folder="/f", run_dir="/r", command=("a", "b"), variables={"A": "1"}, max_idle=2, restarts_in_place=1,
         allocations=(Allocation(name="x", ranks=2, grace_s=1.0), Allocation(name="y", ranks=1, time_limit_s=3.0)),
         times=Times(warning_lead_s=1.0, warning_signal="USR1", kill_wait_s=2.0),
     )  # fmt: skip
@@ -380,3 +381,75 @@ def test_a_declined_node_type_is_followed_by_the_next_in_a_ring(tmp_path, world)
     given = [rank.variables["HPC_RESUME_NODE_TYPE"] for rank in world.ranks]
     assert given == ["type0", "type1", "type0", "type1"]
     assert state.state == "COMPLETED"
+
+
+# -- started again in place -------------------------------------------------------------------------------
+
+
+def commit(tmp_path, step):
+    (tmp_path / f"run/checkpoints/{step:010d}-0123abcd").mkdir(parents=True)
+
+
+def write_journal(tmp_path, *events):
+    """What an attempt that begins now leaves behind."""
+    run = RunDirectory(tmp_path / "run")
+    folder = run.attempt(len(run.attempt_numbers()) + 1)
+    folder.mkdir(parents=True)
+    (folder / "events.jsonl").write_bytes(b"".join(map(write_line, events)))
+
+
+def steps(world):
+    return [
+        (rank.variables["HPC_RESUME_RESTART_COUNT"], rank.variables["HPC_RESUME_STEP"])
+        for rank in world.ranks
+    ]
+
+
+def test_killed_ranks_are_started_again_in_the_same_allocation(tmp_path, world):
+    limits = {"time_limit_s": 60}
+    state = play(tmp_path, world, (limits, Rank(ends=(10, -9))), more=[Rank(ends=(4, 0))], in_place=2)
+    assert (state.state, state.restarts, state.node_type) == ("COMPLETED", 0, "type0")
+    assert steps(world) == [("0", "0"), ("0", "1")]
+    assert state.end_time == 1060  # the allocation is no longer for it
+
+
+def test_after_so_many_times_without_a_checkpoint_the_next_allocation_follows(tmp_path, world):
+    dead = [Rank(ends=(1, -9)) for _ in range(3)]
+    state = play(tmp_path, world, ({}, dead[0]), ({}, dead[1]), more=[dead[2], Rank(ends=(1, 0))], in_place=1)
+    assert (state.state, state.restarts) == ("COMPLETED", 1)
+    assert steps(world) == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
+
+
+def test_a_new_checkpoint_renews_the_count(tmp_path, world):
+    for seconds in (1, 4, 7):
+        world.at(seconds, lambda seconds=seconds: commit(tmp_path, seconds))
+    dead = [Rank(ends=(3, -9)) for _ in range(3)]
+    state = play(tmp_path, world, ({}, dead[0]), more=[*dead[1:], Rank(ends=(1, 0))], in_place=1)
+    assert (state.state, state.restarts) == ("COMPLETED", 0)
+    assert steps(world)[-1] == ("0", "3")
+
+
+@pytest.mark.parametrize(
+    ("events", "restarts"),
+    [
+        ([{"event": "ended", "cause": "crash", "decision": "continue"}], 0),
+        ([{"event": "ended", "cause": "signal", "decision": "continue"}], 1),
+        ([{"event": "stop_requested", "cause": "signal"}], 1),
+        ([], 1),  # it left with 75 without a word: another allocation may have better luck
+    ],
+)
+def test_a_stop_is_no_crash(tmp_path, world, events, restarts):
+    world.at(1, lambda: write_journal(tmp_path, *events))
+    attempts = [({}, Rank(ends=(2, 75))), ({}, Rank(ends=(1, 0)))]
+    assert play(tmp_path, world, *attempts, in_place=2).restarts == restarts
+
+
+def test_what_was_warned_preempted_or_has_no_time_left_gives_its_allocation_up(tmp_path, world):
+    attempts = [
+        ({"time_limit_s": 10}, Rank(on={USR2: (0, -9)})),
+        ({"preempt_after_s": 1, "grace_s": 5}, Rank(on={TERM: (1, -9)})),
+        ({"time_limit_s": 10}, Rank(ends=(4.99, -9))),
+        ({}, Rank(ends=(1, 0))),
+    ]
+    state = play(tmp_path, world, *attempts, in_place=2, max_idle=9)
+    assert (state.state, state.restarts) == ("COMPLETED", 3)

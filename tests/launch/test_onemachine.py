@@ -168,15 +168,34 @@ def test_cancelling_ends_for_good(executor, tmp_path, signals):
     job.cancel()  # once more is harmless
 
 
-def test_a_killed_rank_takes_its_peer_down_and_the_job_goes_on(executor, tmp_path):
-    job = executor(node_types=[{"name": "pair", "ranks": 2}, {"name": "last"}]).submit(
-        save_on, note=str(tmp_path / "note"), finish_on="last"
-    )
-    until(lambda: all((tmp_path / f"note.{rank}.ready").exists() for rank in range(2)))
+def kill_one_rank(job, folder):
+    until(lambda: all((folder / f"note.{rank}.ready").exists() for rank in range(2)))
     controller = job.state_record().controller_pid
     ranks = [int(pid) for pid in Path(f"/proc/{controller}/task/{controller}/children").read_text().split()]
+    for rank in range(2):
+        (folder / f"note.{rank}.ready").unlink()
     os.kill(ranks[1], signal.SIGKILL)
+    return ranks
+
+
+def test_a_killed_rank_takes_its_peer_down_and_the_job_goes_on(executor, tmp_path):
+    job = executor(
+        node_types=[{"name": "pair", "ranks": 2}, {"name": "last"}], budget={"restarts_in_place": 0}
+    ).submit(save_on, note=str(tmp_path / "note"), finish_on="last")
+    kill_one_rank(job, tmp_path)
     state = finish(job)
+    assert (state.state, state.restarts, job.result()) == ("COMPLETED", 1, "finished")
+
+
+def test_a_killed_rank_is_started_again_in_the_same_allocation(executor, tmp_path):
+    job = executor(
+        node_types=[{"name": "pair", "ranks": 2}, {"name": "last"}], budget={"restarts_in_place": 1}
+    ).submit(save_on, note=str(tmp_path / "note"), finish_on="last")
+    before = kill_one_rank(job, tmp_path)
+    until(lambda: job.state_record().why.startswith("started again in place after exit codes"))
+    assert job.state_record().restarts == 0
+    assert not set(before) & set(kill_one_rank(job, tmp_path))
+    state = finish(job)  # without a new checkpoint in between, the next crash gives the allocation up
     assert (state.state, state.restarts, job.result()) == ("COMPLETED", 1, "finished")
 
 

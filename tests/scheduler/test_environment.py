@@ -129,7 +129,8 @@ def test_torchrun_inside_slurm_has_its_ranks_and_the_jobs_id():
     assert (env.kind, env.job_id, env.restart_count) == ("slurm", "12", 3)
     assert (env.rank, env.world_size) == (2, 4)
     assert env.master == ("node1", 29500)
-    assert env.rendezvous == "slurm-12-3-torchrun-abc-1"
+    assert env.rendezvous == "slurm-12-3-0-torchrun-abc-1"
+    assert detect(SRUN, TORCHRUN, SLURM_STEP_ID="1").rendezvous == "slurm-12-0-1-torchrun-abc-1"
 
 
 def test_ranks_exported_by_hand_as_torchrun_does():
@@ -141,7 +142,8 @@ def test_our_one_machine_scheduler():
     env = detect(LOCAL)
     assert (env.kind, env.job_id, env.restart_count) == ("local", "7", 2)
     assert (env.rank, env.world_size, env.local_rank, env.local_world_size) == (1, 2, 1, 2)
-    assert env.rendezvous == "local-7-2"
+    assert env.rendezvous == "local-7-2-0"
+    assert detect(LOCAL, HPC_RESUME_STEP="1").rendezvous == "local-7-2-1"  # started again in place
 
 
 def test_our_one_machine_scheduler_inside_an_interactive_slurm_job():
