@@ -23,7 +23,7 @@ import torch
 from torch.distributed import DistError
 
 from hpc_resume.errors import BudgetSpent, FencedError, HpcResumeError, RendezvousError, SaveError
-from hpc_resume.files import DISK, JsonObject
+from hpc_resume.files import DISK, JsonObject, may_pass
 from hpc_resume.run.history import FAULT
 from hpc_resume.run.memory import OomKills
 from hpc_resume.run.peers import Peers
@@ -95,6 +95,13 @@ def lost_a_peer(error: BaseException) -> bool:
     if isinstance(error, HpcResumeError):
         return isinstance(error, RendezvousError)
     return isinstance(error, DistError) or _PEER_IS_GONE.search(str(error)) is not None
+
+
+def before_the_start(error: BaseException) -> Verdict | None:
+    """Tell what kept a run from beginning, if it may be gone another time or elsewhere."""
+    if isinstance(error, RendezvousError):
+        return Verdict(cause=Cause.HANG, evidence=f"the ranks did not meet: {error}")
+    return Verdict(cause=Cause.CRASH, evidence=summary(error)) if may_pass(error) else None
 
 
 def summary(error: BaseException) -> str:
@@ -251,6 +258,8 @@ class Faults:
             return Fault(cause=cause, evidence=evidence, exit_code=final, fenced=fenced)
         if _out_of_memory(error):
             return Fault(cause=Cause.OUT_OF_MEMORY, evidence=evidence)
+        if may_pass(error):
+            return Fault(cause=Cause.CRASH, evidence=evidence)
         if _KILLED_WORKER.search(str(error)) and (kills := self._killed(self._oom_kills)):
             return Fault(cause=Cause.OUT_OF_MEMORY, evidence=f"{evidence}; {kills}")
         broken = _BROKEN_DEVICE.search(str(error)) is not None

@@ -33,7 +33,7 @@ from hpc_resume.run.attempt import AttemptFacts, begin_attempt
 from hpc_resume.run.continuation import choose
 from hpc_resume.run.deadline import Deadline, Pace, assumed_end_s
 from hpc_resume.run.ending import Ending, LastWord
-from hpc_resume.run.fault import Faults, lost_a_peer, summary
+from hpc_resume.run.fault import Faults, before_the_start, lost_a_peer, summary
 from hpc_resume.run.fitness import Fitness, describe_device
 from hpc_resume.run.memory import OomKills
 from hpc_resume.run.metrics import Metrics
@@ -146,10 +146,11 @@ class Session:
                 self.stopping.heed(Deadline(self._scheduler, self._pace, due, note, self._clock, end_s))
         except BaseException as error:
             self.stopping.abandon()
-            if isinstance(error, RendezvousError) and self.environment.job_id is not None:
+            verdict = before_the_start(error)
+            if verdict is not None and self.environment.job_id is not None:
                 sys.stderr.write(f"hpc_resume: {error}\n")
                 if self.rank == 0 and self._last_word is not None:
-                    ending = self._end(Verdict(cause=Cause.HANG, evidence=f"the ranks did not meet: {error}"))
+                    ending = self._end(verdict)
                     if ending.decision == "stop":
                         raise SystemExit(ending.exit_code) from None
                 raise Interrupted(str(error)) from None  # another allocation may have better luck

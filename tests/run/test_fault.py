@@ -13,7 +13,7 @@ from hpc_resume.errors import (
     RendezvousError,
     SaveError,
 )
-from hpc_resume.run.fault import Fault, Faults
+from hpc_resume.run.fault import Fault, Faults, before_the_start
 from hpc_resume.run.history import FAULT, _fault
 from hpc_resume.run.memory import OomKills
 from hpc_resume.run.peers import Peers
@@ -95,6 +95,29 @@ def test_an_exception_is_a_mistake_only_before_the_first_step(ranks, begun):
     found = ranks[0].of(ValueError("something"), begun=begun)
     assert (found.cause, found.mistake, found.nodes) == (Cause.CRASH, not begun, ("n1",))
     assert found.evidence == "rank 0 on n1: ValueError: something"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
+def test_a_full_or_absent_disk_is_no_mistake_of_the_script(ranks, number):
+    try:
+        try:
+            raise OSError(number, os.strerror(number), "samples.txt")
+        except OSError as error:
+            raise RuntimeError("could not write") from error
+    except RuntimeError as error:
+        found = ranks[0].of(error, begun=False)
+    assert (found.cause, found.mistake, found.nodes) == (Cause.CRASH, False, ())
+
+
+def test_what_keeps_a_run_from_beginning_may_pass_or_not():
+    assert before_the_start(RendezvousError("rank 3 did not come")).cause is Cause.HANG
+    assert before_the_start(OSError(errno.ENOSPC, "full", "attempt.json")).cause is Cause.CRASH
+    assert before_the_start(PermissionError(errno.EACCES, "not yours")) is None
+    assert before_the_start(KeyboardInterrupt()) is None
+
+
+def test_a_file_that_is_not_there_is_a_mistake_of_the_script(ranks):
+    assert ranks[0].of(FileNotFoundError(errno.ENOENT, "no such file"), begun=False).mistake
 
 
 def test_a_broken_gpu_is_no_mistake_of_the_script(ranks):
