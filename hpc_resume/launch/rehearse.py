@@ -96,6 +96,7 @@ def settings_for(
         # Interruptions that bring nothing are meant here; only what fails for ever must end.
         budget={
             "max_idle": len(plan) + 3,
+            "restarts_in_place": 0,  # each interruption has an allocation of its own, with its ranks and its grace
             **dict.fromkeys(("crashes", "hangs", "out_of_memory", "node_failures", "preemptions")),
         },
         environment={

@@ -32,6 +32,7 @@ def test_a_clusters_settings_become_those_of_one_machine():
     assert {(each.precision, each.micro_batch) for each in config.node_types} == {("bf16", 4)}
     assert len({each.name for each in config.node_types}) == 3
     assert (config.budget.crashes, config.budget.max_idle) == (None, 5)
+    assert config.budget.restarts_in_place == 0
 
 
 def test_what_a_script_reads_from_its_own_files_is_overruled():
