@@ -207,7 +207,7 @@ class Faults:
                 return None
             self._pause(_LOOK_S)
 
-    def behind(self, verdict: Verdict, reason: str, *, at_boundary: bool) -> Verdict:
+    def behind(self, verdict: Verdict, reason: str, *, no_hang: bool) -> Verdict:
         """Tell why a run could not be stopped in order; on a thread of its own.
 
         Parameters
@@ -216,11 +216,11 @@ class Faults:
             Why the run was to stop.
         reason
             Of the watchdog.
-        at_boundary
+        no_hang
             The step boundary came, or had come too late for a save: that is no hang of the training.
         """
         evidence = f"{reason}; asked to stop by {verdict.evidence}"
-        if at_boundary or verdict.cause in {Cause.CANCEL, Cause.NODE_FAILURE, Cause.OUT_OF_MEMORY}:
+        if no_hang or verdict.cause in {Cause.CANCEL, Cause.NODE_FAILURE, Cause.OUT_OF_MEMORY}:
             return dataclasses.replace(verdict, evidence=evidence)
         with contextlib.suppress(RuntimeError):  # the other threads wait on the connection that there is
             if (found := self.find(self._peers.apart())) is not None:

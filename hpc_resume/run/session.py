@@ -349,9 +349,8 @@ class Session:
     def cancel(self) -> None:
         """End an attempt that somebody broke off at the keyboard, in a hurry."""
         assert self._last_word is not None
-        self._last_word.note(
-            Cause.CANCEL, "stop", "interrupted from the keyboard", step=self.step, exit_code=130
-        )
+        why = "interrupted from the keyboard"
+        self._last_word.note(Cause.CANCEL, "stop", why, step=self.step, exit_code=130)
         self.stopping.abandon()
         self.shut_down(destroy=False)
 
@@ -384,7 +383,7 @@ class Session:
         elif self._last_word is not None:
             if self._faults is not None:
                 no_hang = self._reached or self.stopping.leaving
-                verdict = self._faults.behind(verdict, reason, at_boundary=no_hang)
+                verdict = self._faults.behind(verdict, reason, no_hang=no_hang)
             code = self._end(verdict).exit_code
         sys.stdout.flush()
         sys.stderr.flush()
