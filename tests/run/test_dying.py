@@ -37,10 +37,18 @@ def narrow():
     folder.rmdir()
 
 
+def first_time():
+    """Whether this is asked for the first time in this run."""
+    asked = Path(os.environ["HPC_RESUME_RUN_DIR"]) / "asked"
+    if asked.exists():
+        return False
+    asked.touch()
+    return True
+
+
 def train_too_much(steps, narrow, rank=None):
     """Run out of the host's memory in the fifth step of the first attempt."""
-    attempt, own_rank = os.environ["HPC_RESUME_RESTART_COUNT"], os.environ["SUBMITIT_LOCAL_GLOBALID"]
-    if attempt == "0" and rank in {None, int(own_rank)}:
+    if rank in {None, int(os.environ["SUBMITIT_LOCAL_GLOBALID"])} and first_time():
         (Path(narrow) / "cgroup.procs").write_text("0")
         step = hr.Run.log
 
@@ -135,7 +143,7 @@ sys.path.insert(0, {root!r})
 from tests.run import training, test_dying
 
 def killed():
-    if os.environ["HPC_RESUME_RESTART_COUNT"] == "0":
+    if test_dying.first_time():
         training.time.sleep = lambda _: os.kill(os.getpid(), 9)
         training.train(12, hang_at=7, every_steps=2)
     training.train(12)
