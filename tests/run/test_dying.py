@@ -30,7 +30,7 @@ def narrow():
     folder = Path(f"/sys/fs/cgroup/memory/hpc-resume-dying-{os.getpid()}")
     try:
         folder.mkdir()
-        (folder / "memory.limit_in_bytes").write_text("1G")
+        (folder / "memory.limit_in_bytes").write_text("512M")
     except OSError:
         pytest.skip("control groups of version 1 can't be made here")
     yield folder
@@ -54,7 +54,7 @@ def train_too_much(steps, narrow, rank=None):
 
         def log(run, **values):
             if run.step == 5:
-                bytearray(2 << 30)
+                bytearray(1 << 30)
             step(run, **values)
 
         hr.Run.log = log
@@ -64,7 +64,7 @@ def train_too_much(steps, narrow, rank=None):
 def test_a_rank_that_is_killed_for_want_of_memory_is_found_dead_by_the_one_beside_it(tmp_path, narrow):
     run_dir = tmp_path / "run"
     attempt = Attempt(run_dir, 2, train_too_much, 10, str(narrow), 1)
-    assert attempt.wait() == [75, -signal.SIGKILL], attempt.log.read_text()
+    assert attempt.wait(120) == [75, -signal.SIGKILL], attempt.log.read_text()
     last = ended(run_dir)
     assert (last["cause"], last["decision"]) == ("out_of_memory", "continue"), last
     assert "rank 1 on" in last["evidence"]
