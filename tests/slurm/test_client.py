@@ -335,7 +335,7 @@ def test_node_failure(outcome):
     assert state == "COMPLETED"
     record = only(signals)
     assert (record["signal"], record["cause"], record["requeued"]) == ("SIGTERM", "node_failure", True)
-    assert "small2 is down" in record["evidence"]
+    assert "(small2 down)" in record["evidence"]
     assert len(job.records("started", restart=1)) == 2
 
 
