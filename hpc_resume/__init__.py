@@ -14,6 +14,7 @@ from hpc_resume.errors import (
     BudgetSpent,
     CheckpointNotFound,
     ConfigError,
+    Declined,
     FencedError,
     HpcResumeError,
     IntegrityError,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from hpc_resume.exchange.dcpwriter import DcpWriter
     from hpc_resume.job import Job, Sweep, submit
     from hpc_resume.launch.grid import Grid, grid
+    from hpc_resume.rehearsal import rehearse
+    from hpc_resume.report.rehearsal import Rehearsal
     from hpc_resume.run.run import Run
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "ConfigError",
     "DcpReader",
     "DcpWriter",
+    "Declined",
     "FencedError",
     "Grid",
     "HpcResumeError",
@@ -51,6 +55,7 @@ __all__ = [
     "Interrupted",
     "Job",
     "MismatchError",
+    "Rehearsal",
     "RendezvousError",
     "Run",
     "SaveError",
@@ -61,6 +66,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "grid",
+    "rehearse",
     "submit",
 ]
 
@@ -71,9 +77,11 @@ _LAZY = {
     "DcpWriter": "hpc_resume.exchange.dcpwriter",
     "Grid": "hpc_resume.launch.grid",
     "Job": "hpc_resume.job",
+    "Rehearsal": "hpc_resume.report.rehearsal",
     "Run": "hpc_resume.run.run",
     "Sweep": "hpc_resume.job",
     "grid": "hpc_resume.launch.grid",
+    "rehearse": "hpc_resume.rehearsal",
     "submit": "hpc_resume.job",
 }
 

@@ -43,7 +43,7 @@ from hpc_resume.values import merge, parse_value, put, read_yaml
 
 PREFIX = "HPC_RESUME_"
 #: Variables with our prefix that launchers set and that are no settings.
-WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH", "CHAIN", "STEP"})
+WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH", "CHAIN", "REHEARSAL", "STEP"})
 
 
 class Config(Settings):
@@ -69,6 +69,8 @@ class Config(Settings):
     """Embedded scheduler: given in turn, the last one again and again. Slurm: in the order of preference."""
     continuation: Literal["requeue", "chain", "array", "exit", "login"] = "requeue"
     """How a run goes on in the next job; docs/continuing.md compares the ways."""
+    allow_precision_change: bool = False
+    """A checkpoint may be continued with another ``precision`` than it was taken with."""
     slurm: SlurmSettings = SlurmSettings()
     environment: EnvironmentSettings = EnvironmentSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

@@ -7,6 +7,7 @@
     │   ├── ConfigError                     2   a configuration file or setting
     │   ├── StateError      TypeError       2   an object in the tracked state can't be stored
     │   ├── MismatchError                   2   the checkpoint does not fit what is tracked now
+    │   ├── Declined                        2   not on these nodes or ranks; another node type may do
     │   └── TensorNotFound  KeyError        2   the checkpoint has no tensor of this name
     ├── CheckpointNotFound  FileNotFoundError 3 nothing to restore
     ├── IntegrityError                      4   bytes on disk are not the bytes that were committed
@@ -54,6 +55,10 @@ class StateError(UsageError, TypeError):
 
 class MismatchError(UsageError):
     """The checkpoint does not fit what is tracked now; the message lists every difference."""
+
+
+class Declined(UsageError):  # noqa: N818 - reads as what happened
+    """These nodes or this number of ranks can't go on with the run; another of its node types may."""
 
 
 class TensorNotFound(UsageError, KeyError):  # noqa: N818 - reads as what happened

@@ -31,6 +31,7 @@ def _seconds(value: object) -> object:
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 Lead = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Precision = Literal["bf16", "fp16", "fp32"]
 
 
 class Settings(BaseModel):
@@ -64,6 +65,10 @@ class NodeType(Settings):
     """Overrides the run's time limit."""
     wait_limit_s: Seconds | None = None
     """A job that has waited so long for this type asks for the next one; without it, it never does."""
+    micro_batch: Count | None = None
+    """Samples that a rank takes through the model at once in ``run.micro_batches``; all of its part by default."""
+    precision: Precision | None = None
+    """What ``run.autocast()`` computes in, ``fp32`` by default; nodes that can't are declined."""
     preempt_after_s: Seconds | None = None
     """Embedded scheduler: preempts the attempt that long after it began."""
     grace_s: Lead = 30.0

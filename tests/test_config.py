@@ -235,3 +235,18 @@ def test_ways_to_continue():
 def test_ways_to_continue_that_cannot_be(settings, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         Config.load(overrides=settings)
+
+
+def test_node_types_say_micro_batch_and_precision():
+    config = Config.load(overrides={"node_types": [{"micro_batch": 4, "precision": "bf16"}]})
+    assert (config.node_types[0].micro_batch, config.node_types[0].precision) == (4, "bf16")
+    assert (NodeType().micro_batch, NodeType().precision) == (None, None)
+    with pytest.raises(ConfigError, match=r"node_types\.0\.precision.*'bf16', 'fp16' or 'fp32'.*'half'"):
+        Config.load(overrides={"node_types": [{"precision": "half"}]})
+    with pytest.raises(ConfigError, match="micro_batch"):
+        Config.load(overrides={"node_types": [{"micro_batch": 0}]})
+
+
+def test_a_change_of_precision_is_not_allowed_by_default():
+    assert not Config().allow_precision_change
+    assert Config.load(environ={"HPC_RESUME_ALLOW_PRECISION_CHANGE": "true"}).allow_precision_change

@@ -64,6 +64,8 @@ class Receipt:
         Names of earlier checkpoints in which bytes of this shard lie.
     state_bytes, written_bytes, write_s
         Bytes of this rank's part and of what was written of it; seconds from the first byte to durable.
+    gpu_peak_bytes
+        Most that this rank has had allocated on its GPUs; 0 without one.
     witnesses
         Of tensors of which rank 0's are stored.
     """
@@ -80,6 +82,7 @@ class Receipt:
     state_bytes: int
     written_bytes: int
     write_s: float
+    gpu_peak_bytes: int = 0
     witnesses: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -102,6 +105,7 @@ class Receipt:
             "state_bytes": self.state_bytes,
             "written_bytes": self.written_bytes,
             "write_s": self.write_s,
+            "gpu_peak_bytes": self.gpu_peak_bytes,
             "witnesses": dict(self.witnesses),
         }
         text = json.dumps(record, separators=(",", ":"), allow_nan=False)
@@ -155,6 +159,7 @@ class Receipt:
                 state_bytes=integer(record["state_bytes"]),
                 written_bytes=integer(record["written_bytes"]),
                 write_s=float(record["write_s"]),
+                gpu_peak_bytes=integer(record.get("gpu_peak_bytes", 0)),
                 witnesses={string(name): string(hexed) for name, hexed in record["witnesses"].items()},
             )
         except _DAMAGED as error:
@@ -191,6 +196,13 @@ def to_manifest(receipts: Sequence[Receipt], parent: str | None) -> Manifest:
     header = first.header
     if any(receipt.header != header for receipt in receipts):
         raise IntegrityError(f"step {header.step}: the ranks' receipts speak of different checkpoints")
+    costs = {
+        "write_s": max(receipt.write_s for receipt in receipts),
+        "state_bytes": sum(receipt.state_bytes for receipt in receipts),
+        "written_bytes": sum(receipt.written_bytes for receipt in receipts),
+    }
+    if peak := max(receipt.gpu_peak_bytes for receipt in receipts):
+        costs["gpu_peak_bytes"] = peak
     return Manifest(
         **asdict(header),
         parent=parent,
@@ -205,11 +217,7 @@ def to_manifest(receipts: Sequence[Receipt], parent: str | None) -> Manifest:
             if r.objects_digest != first.objects_digest and r.by == r.shard.rank
         ),
         missing_ranks=tuple(r.shard.rank for r in receipts if r.by != r.shard.rank),
-        costs={
-            "write_s": max(receipt.write_s for receipt in receipts),
-            "state_bytes": sum(receipt.state_bytes for receipt in receipts),
-            "written_bytes": sum(receipt.written_bytes for receipt in receipts),
-        },
+        costs=costs,
     )
 
 

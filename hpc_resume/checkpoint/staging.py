@@ -26,6 +26,7 @@ from hpc_resume.checkpoint.snapshot import Snapshot
 from hpc_resume.errors import FencedError, IntegrityError
 from hpc_resume.files import DISK, Clock, Filesystem
 from hpc_resume.policy.saving import Estimate, Looking, refer_to_older
+from hpc_resume.provenance.environment import gpu_peak_bytes
 from hpc_resume.rundir import RunDirectory
 
 #: How a path says that it is gone: missing, or on NFS stale.
@@ -160,6 +161,7 @@ class Staging:
                 state_bytes=snapshot.size_bytes,
                 written_bytes=written_bytes,
                 write_s=round(created - begun - look_s, 4),
+                gpu_peak_bytes=gpu_peak_bytes(),
             )
             self._fs.write_file(folder / RECEIPTS / receipt.file, receipt.to_bytes())
         except OSError as error:

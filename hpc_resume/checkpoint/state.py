@@ -115,9 +115,23 @@ class TrackedState:
         }
 
     @property
+    def items(self) -> Mapping[str, Any]:
+        """What is tracked, by name."""
+        return self._items
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """Keys of the tracked modules."""
         return tuple(self._modules)
+
+    def held_bytes(self) -> int:
+        """Bytes of the tracked modules that this rank holds itself."""
+        tensors = {
+            id(tensor): local_of(tensor)
+            for module in self._modules.values()
+            for tensor in (*module.parameters(), *module.buffers())
+        }
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def _owner(self, key: str, optimizer: torch.optim.Optimizer) -> torch.nn.Module:
         """Find the module that has all of an optimizer's parameters: its state is stored under their names."""

@@ -100,15 +100,15 @@ class Attempt:
     def _ended(self) -> dict[int, int]:
         return {rank: code for rank, code in enumerate(self._codes) if code is not None}
 
-    def step(self, now_s: float, *, cancel: bool, preempt: bool) -> bool:
+    def step(self, now_s: float, *, cancel: bool, preempt: bool, expire: bool = False) -> bool:
         """Look after the ranks; called again and again.
 
         Parameters
         ----------
         now_s
             Unix time.
-        cancel, preempt
-            Whether someone has asked for it so far.
+        cancel, preempt, expire
+            Whether someone has asked for it so far; ``expire`` brings the time limit's warning at once.
 
         Returns
         -------
@@ -123,6 +123,9 @@ class Attempt:
             self._note(state="COMPLETING", reason=None, end_time=now_s)
             self._end(now_s)
         elif self._kill_at_s is None:
+            if expire and not self._warned:
+                self._limit_s = now_s + self._times.warning_lead_s
+                self._note(end_time=self._limit_s)
             self._watch(now_s, preempt=preempt)
         if self._kill_at_s is not None and now_s >= self._kill_at_s and not self._killed:
             self._killed = True

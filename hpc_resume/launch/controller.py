@@ -2,7 +2,8 @@
 
 It does on one machine what Slurm does to a job, in the same order and with the same signals (measured on
 Slurm 22.05). Started by :class:`hpc_resume.launch.onemachine.OneMachineExecutor` as
-``python -m hpc_resume.launch.controller PLAN``; ``SIGUSR1`` preempts the job, ``SIGTERM`` cancels it.
+``python -m hpc_resume.launch.controller PLAN``; ``SIGUSR1`` preempts the job, ``SIGUSR2`` brings the warning of its
+time limit, ``SIGTERM`` cancels it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Plan:
     command
         What every rank runs.
     allocations
-        Given in turn; the last one again and again.
+        Given in turn; the last one again and again, unless the run declines it: then the next, from the first.
     variables
         Of the ranks, over those that the controller has.
     max_idle
@@ -134,7 +135,7 @@ class Controller:
         self._inherited = inherited
         self._clock, self._sleep, self._spawn = clock, sleep, spawn
         self._run_directory = RunDirectory(Path(plan.run_dir))
-        self._cancel = self._preempt = False
+        self._cancel = self._preempt = self._expire = False
         self.state = initial_state(plan, pid=os.getpid())
 
     def cancel(self) -> None:
@@ -144,6 +145,10 @@ class Controller:
     def preempt(self) -> None:
         """Ask for the end of the attempt; safe in a signal handler."""
         self._preempt = True
+
+    def expire(self) -> None:
+        """Bring the warning of the time limit; safe in a signal handler."""
+        self._expire = True
 
     def run(self) -> LocalState:
         """Give allocations until the job is over, and return its last state."""
@@ -156,10 +161,10 @@ class Controller:
             raise
 
     def _run(self) -> LocalState:
-        idle, committed, restarts = 0, self._committed(), 0
+        idle, committed, restarts, place = 0, self._committed(), 0, 0
         while not self._cancel:
-            began_s = self._clock()
-            attempt = self._allocation(restarts)
+            began_s, begun = self._clock(), self._begun()
+            attempt = self._allocation(restarts, self.plan.allocations[place])
             if self._cancel:
                 break
             outcome = _outcome(attempt)
@@ -176,6 +181,8 @@ class Controller:
                     state="COMPLETED" if outcome.decision == "done" else "FAILED", why=outcome.why
                 )
             restarts += 1
+            last = len(self.plan.allocations) - 1
+            place = (place + 1) % (last + 1) if self._declined(since=begun) else min(place + 1, last)
             self._write(
                 state="PENDING",
                 reason=None,
@@ -187,12 +194,11 @@ class Controller:
             self._pause(began_s)
         return self._write(state="CANCELLED", reason=None, why="cancelled")
 
-    def _allocation(self, restarts: int) -> Attempt:
+    def _allocation(self, restarts: int, allocation: Allocation) -> Attempt:
         """Use up one allocation: an attempt, and after a crash another in its place; gives the last one."""
-        allocation = self.plan.allocations[min(restarts, len(self.plan.allocations) - 1)]
         began_s = self._clock()
         end_s = None if allocation.time_limit_s is None else began_s + allocation.time_limit_s
-        self._preempt = False
+        self._preempt = self._expire = False
         self._write(
             state="RUNNING",
             reason=None,
@@ -247,7 +253,9 @@ class Controller:
             attempt = Attempt(
                 allocation, self.plan.times, processes, began_s=began_s, note=self._write, restarts=restarts
             )
-            while not attempt.step(self._clock(), cancel=self._cancel, preempt=self._preempt):
+            while not attempt.step(
+                self._clock(), cancel=self._cancel, preempt=self._preempt, expire=self._expire
+            ):
                 self._sleep(_POLL_S)
         except BaseException:
             for process in processes:
@@ -290,6 +298,16 @@ class Controller:
     def _committed(self) -> str | None:
         names = self._run_directory.checkpoint_names()
         return names[-1] if names else None
+
+    def _begun(self) -> int:
+        """Give the number of the run's last attempt."""
+        return max(self._run_directory.attempt_numbers(), default=0)
+
+    def _declined(self, *, since: int) -> bool:
+        """Whether an attempt after number ``since`` was not to go on on what it was given."""
+        run = self._run_directory
+        journals = [run.attempt(n) / "events.jsonl" for n in run.attempt_numbers() if n > since]
+        return any(event.get("cause") == "declined" for path in journals for event in read_events(path))
 
     def _write(self, **changes: Any) -> LocalState:
         self.state = dataclasses.replace(self.state, **changes)
@@ -366,6 +384,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: controller.cancel())
     signal.signal(signal.SIGINT, lambda *_: controller.cancel())
     signal.signal(signal.SIGUSR1, lambda *_: controller.preempt())
+    signal.signal(signal.SIGUSR2, lambda *_: controller.expire())
     return 0 if controller.run().state == "COMPLETED" else 1
 
 

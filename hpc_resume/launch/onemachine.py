@@ -82,6 +82,10 @@ class OneMachineJob(LocalJob[Any]):
         """Take the allocation away, as a more important job would; the next one follows."""
         self._signal(signal.SIGUSR1)
 
+    def expire(self) -> None:
+        """Bring the time limit: the ranks are warned at once, and ended when the warning lead has passed."""
+        self._signal(signal.SIGUSR2)
+
     def _interrupt(self) -> None:
         self.preempt()
 

@@ -12,8 +12,8 @@ from typing import Any
 from hpc_resume.policy.decision import Decision
 from hpc_resume.settings import BudgetSettings
 
-#: Somebody else has taken the allocation away: no fault of the run, so these do not count as idle.
-_TAKEN_AWAY = frozenset({"preemption", "requeue", "node_failure", "bad_node"})
+#: The allocation was taken away, or could not be used: no fault of the run, so these do not count as idle.
+_TAKEN_AWAY = frozenset({"preemption", "requeue", "node_failure", "bad_node", "declined"})
 #: How often each cause may end attempts in a row without progress: names of settings. The others, time
 #: limits among them, have no limit of their own.
 _BUDGETS = {

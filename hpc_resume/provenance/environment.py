@@ -37,3 +37,11 @@ def describe_environment() -> JsonObject:
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
     return found
+
+
+def gpu_peak_bytes() -> int:
+    """Most that PyTorch has had allocated for this process on any one GPU; 0 without one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return max((torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count())), default=0)

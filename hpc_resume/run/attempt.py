@@ -52,6 +52,16 @@ class AttemptFacts:
         """Read :meth:`to_json`."""
         return cls(**{**record, "history": History.from_json(record["history"])})
 
+    def place(self, world_size: int) -> str:
+        """Say in words which attempt it is, and where."""
+        nodes = f" ({self.node_type})" if self.node_type else ""
+        return f"attempt {self.number} on {ranks_text(world_size)}{nodes}"
+
+
+def ranks_text(count: int) -> str:
+    """Give a number of ranks in words."""
+    return "1 rank" if count == 1 else f"{count} ranks"
+
 
 def begin_attempt(
     run: RunDirectory,
@@ -88,11 +98,10 @@ def begin_attempt(
     }
     DISK.write_file(run.attempt(number) / "attempt.json", sealed(record))
     journal = Journal(run.attempt(number) / "events.jsonl", clock=clock)
-    oom_kills = OomKills.read()
-    journal.event("begun", oom_kills=oom_kills.to_json())
+    journal.event("begun", oom_kills=OomKills.read().to_json())
     earlier = earlier_attempts(run, number)
     found = {}
-    for which, verdict in diagnoses(run, earlier, environment, scheduler, oom_kills):
+    for which, verdict in diagnoses(run, earlier, environment, scheduler):
         found[which] = verdict
         journal.event(
             "diagnosed",

@@ -10,6 +10,7 @@ from hpc_resume.errors import EXIT_CONTINUE, EXIT_FAILED, SchedulerError
 from hpc_resume.files import Clock, JsonObject
 from hpc_resume.journal import Journal
 from hpc_resume.policy.decision import Decision
+from hpc_resume.policy.nodetypes import after_decline, configured_type
 from hpc_resume.policy.retry import PastAttempt, avoid, decide, in_vain, why_spent
 from hpc_resume.run.attempt import AttemptFacts
 from hpc_resume.run.continuation import Continuation
@@ -18,6 +19,7 @@ from hpc_resume.run.peers import Peers
 from hpc_resume.scheduler.base import UNKNOWN, Scheduler
 from hpc_resume.scheduler.cause import CERTAIN, Cause, Verdict, classify
 from hpc_resume.scheduler.environment import JobEnvironment
+from hpc_resume.settings import NodeType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +174,43 @@ class LastWord:
             evidence = f"the attempt was started on {', '.join(ranks or ())}"
             self.carry_out(Verdict(cause=Cause.BAD_NODE, evidence=evidence), decision, step=0)
         return why
+
+    def decline(self, why: str, node_type: NodeType | None, peers: Peers, *, step: int) -> tuple[int, str]:
+        """Have the run continued on another of its node types, or end it if none is left.
+
+        Parameters
+        ----------
+        why
+            What speaks against this one.
+        node_type
+            Which of the configured ones it is, if that is known.
+        peers
+            The other ranks, all of which come here.
+        step
+            Completed steps.
+
+        Returns
+        -------
+        (int, str)
+            Exit code of all ranks, and the reason.
+        """
+        told = None
+        if self._environment.rank == 0:
+            types, facts = self._config.node_types, self._facts
+            names = [node_type.name if node_type is not None else str(facts.node_type)]
+            for each in reversed(facts.history.past):
+                if each.cause != Cause.DECLINED.value:
+                    break
+                earlier = configured_type(types, found=each.node_type, asked=None)
+                names.insert(0, earlier.name if earlier is not None else str(each.node_type))
+            decision = after_decline(
+                names, [each.name for each in types], patience=self._config.budget.max_idle
+            )
+            verdict = Verdict(cause=Cause.DECLINED, evidence=why)
+            ending = self.carry_out(verdict, decision, step=step, failing=True)
+            told = [ending.exit_code, ending.why]
+        code, reason = peers.share("declined", told)
+        return code, reason
 
     def carry_out(self, verdict: Verdict, decision: Decision, *, step: int, failing: bool = False) -> Ending:
         """Tell the scheduler what was decided, and write it down.

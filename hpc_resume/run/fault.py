@@ -23,7 +23,7 @@ import torch
 from torch.distributed import DistError
 
 from hpc_resume.errors import BudgetSpent, FencedError, HpcResumeError, RendezvousError, SaveError
-from hpc_resume.files import DISK, JsonObject
+from hpc_resume.files import DISK, JsonObject, may_pass
 from hpc_resume.run.history import FAULT
 from hpc_resume.run.memory import OomKills
 from hpc_resume.run.peers import Peers
@@ -97,6 +97,13 @@ def lost_a_peer(error: BaseException) -> bool:
     return isinstance(error, DistError) or _PEER_IS_GONE.search(str(error)) is not None
 
 
+def before_the_start(error: BaseException) -> Verdict | None:
+    """Tell what kept a run from beginning, if it may be gone another time or elsewhere."""
+    if isinstance(error, RendezvousError):
+        return Verdict(cause=Cause.HANG, evidence=f"the ranks did not meet: {error}")
+    return Verdict(cause=Cause.CRASH, evidence=summary(error)) if may_pass(error) else None
+
+
 def summary(error: BaseException) -> str:
     """Put an exception in a line."""
     if isinstance(error, HpcResumeError):
@@ -116,9 +123,9 @@ class Faults:
     folder
         Of the attempt.
     oom_kills
-        The node's counts at the start of the attempt.
-    read_oom_kills, monotonic, pause
-        The counts now, seconds since some moment, and sleeping; for tests.
+        This process's counts at the start of the attempt.
+    kills_since, monotonic, pause
+        Counts again, gives seconds since some moment, and sleeps; for tests.
     """
 
     def __init__(
@@ -128,7 +135,7 @@ class Faults:
         folder: Path,
         oom_kills: OomKills,
         *,
-        read_oom_kills: Callable[[], OomKills] = OomKills.read,
+        kills_since: Callable[[OomKills], int | None] = OomKills.since,
         monotonic: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -136,21 +143,21 @@ class Faults:
         self._peers = peers
         self._folder = folder
         self._oom_kills = oom_kills
-        self._read_oom_kills = read_oom_kills
+        self._kills_since = kills_since
         self._monotonic = monotonic
         self._pause = pause
-        self._neighbours: dict[int, tuple[int, int]] = {}
+        self._neighbours: dict[int, tuple[int, int, OomKills | None]] = {}
 
     def meet(self) -> dict[str, list[int]] | None:
         """Tell all ranks where this one is; on rank 0, returns the ranks by node."""
         pid = os.getpid()
         # In different PID namespaces, as some containers have, numbers mean different processes.
         space = Path("/proc/self/ns/pid").stat().st_ino
-        own = [self._environment.node, space, pid, process_ticks(pid)]
+        own = [self._environment.node, space, pid, process_ticks(pid), self._oom_kills.to_json()]
         places = self._peers.gather("where", own, patience_s=_MEET_S)
         places = self._peers.share("everywhere", places, patience_s=_MEET_S)
         self._neighbours = {
-            rank: (place[2], place[3])
+            rank: (place[2], place[3], OomKills.from_json(place[4]))
             for rank, place in enumerate(places)
             if place[:2] == own[:2] and rank != self._environment.rank
         }
@@ -210,8 +217,7 @@ class Faults:
         reason
             Of the watchdog.
         no_hang
-            The step boundary came, and what followed took too long; or the end of the job came before it, or
-            another rank has left.
+            The step boundary came, or had come too late for a save: that is no hang of the training.
         """
         evidence = f"{reason}; asked to stop by {verdict.evidence}"
         if no_hang or verdict.cause in {Cause.CANCEL, Cause.NODE_FAILURE, Cause.OUT_OF_MEMORY}:
@@ -252,7 +258,9 @@ class Faults:
             return Fault(cause=cause, evidence=evidence, exit_code=final, fenced=fenced)
         if _out_of_memory(error):
             return Fault(cause=Cause.OUT_OF_MEMORY, evidence=evidence)
-        if _KILLED_WORKER.search(str(error)) and (kills := self._killed()):
+        if may_pass(error):
+            return Fault(cause=Cause.CRASH, evidence=evidence)
+        if _KILLED_WORKER.search(str(error)) and (kills := self._killed(self._oom_kills)):
             return Fault(cause=Cause.OUT_OF_MEMORY, evidence=f"{evidence}; {kills}")
         broken = _BROKEN_DEVICE.search(str(error)) is not None
         return Fault(
@@ -264,18 +272,22 @@ class Faults:
 
     def _dead(self, peers: Peers) -> Fault | None:
         """Look whether a process of another rank on this node is gone without a word."""
-        for rank, (pid, ticks) in self._neighbours.items():
+        for rank, (pid, ticks, oom_kills) in self._neighbours.items():
             if process_ticks(pid) == ticks or _is_leaving(peers, rank):
                 continue
             node = self._environment.node
             evidence = f"rank {rank} on {node}: its process ({pid}) is gone, and it has said nothing"
-            if (kills := self._killed()) is not None:
+            if kills := self._killed(oom_kills):
                 return Fault(cause=Cause.OUT_OF_MEMORY, evidence=f"{evidence}; {kills}")
             return Fault(cause=Cause.CRASH, evidence=evidence, nodes=(node,))
         return None
 
-    def _killed(self) -> str | None:
-        return self._read_oom_kills().evidence_since(self._oom_kills)
+    def _killed(self, oom_kills: OomKills | None) -> str:
+        """Tell of kills for want of memory where a rank ran, since the attempt began."""
+        kills = None if oom_kills is None else self._kills_since(oom_kills)
+        if kills is None or kills <= 0:
+            return ""
+        return f"the kernel killed {kills} process{'' if kills == 1 else 'es'} there for want of memory meanwhile"
 
 
 def _out_of_memory(error: BaseException | None) -> bool:

@@ -75,7 +75,6 @@ def diagnoses(
     attempts: list[EarlierAttempt],
     environment: JobEnvironment,
     scheduler: Scheduler,
-    oom_kills: OomKills,
 ) -> Iterator[tuple[int, Verdict]]:
     """Find out what ended the attempts that did not say so; of all but the last one, what they left is enough.
 
@@ -98,7 +97,7 @@ def diagnoses(
                 exit_codes=_exit_codes(run, each.record) if each.ended is None else {},
                 ranks=each.ranks,
                 job=_look_back(each, scheduler) if newest else PastJob(),
-                oom_kills=_oom_kills(each, environment.node, oom_kills) if newest else None,
+                oom_kills=_oom_kills(each, environment.node) if newest else None,
             )
         )
         # What an attempt could say itself stands, unless something is known for certain now.
@@ -213,13 +212,13 @@ def _look_back(each: EarlierAttempt, scheduler: Scheduler) -> PastJob:
     )
 
 
-def _oom_kills(each: EarlierAttempt, node: str, now: OomKills) -> int | None:
+def _oom_kills(each: EarlierAttempt, node: str) -> int | None:
     begun = each.last("begun") or {}
     record = begun.get("oom_kills")
     before = OomKills.from_json(record) if isinstance(record, dict) else None
     if before is None or _list(each.record.get("nodes"))[:1] != [node]:
         return None
-    return now.since(before)
+    return before.since()
 
 
 def _json_object(path: Path) -> JsonObject:

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from hpc_resume.errors import UsageError
+from hpc_resume.errors import Declined, UsageError
 from hpc_resume.files import JsonObject
+from hpc_resume.run.microbatches import Share
 from hpc_resume.run.workers import Shielded
 
 _ROUNDS = 8
@@ -69,7 +70,7 @@ class ElasticLoader:
     """Batches of a map-style dataset, endlessly, epoch after epoch.
 
     The global batch of step *s* is positions ``s * global_batch`` to ``(s + 1) * global_batch`` of the
-    concatenated epochs; each rank loads an equal, contiguous part of it.
+    concatenated epochs; each rank loads a contiguous part of it.
 
     Parameters
     ----------
@@ -83,13 +84,17 @@ class ElasticLoader:
         Of the order.
     shuffle
         Whether the order is random.
+    uneven
+        Some ranks may get one sample more than others.
     **options
         For ``torch.utils.data.DataLoader``: ``num_workers``, ``collate_fn``, ``pin_memory`` …
 
     Raises
     ------
     UsageError
-        If the dataset has no length, or the batch can't be split evenly.
+        If the dataset has no length.
+    Declined
+        If the batch can't be split over so many ranks.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class ElasticLoader:
         world_size: int,
         seed: int,
         shuffle: bool = True,
+        uneven: bool = False,
         **options: Any,
     ) -> None:
         if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
@@ -110,11 +116,20 @@ class ElasticLoader:
             )
         if len(dataset) == 0:
             raise UsageError("run.loader: the dataset is empty")
-        if global_batch < 1 or global_batch % world_size:
+        if global_batch < 1:
+            raise UsageError(f"run.loader: global_batch={global_batch} must be 1 or more")
+        share = Share(global_batch=global_batch, rank=rank, world_size=world_size)
+        if global_batch < world_size:
+            raise Declined(
+                f"run.loader: global_batch={global_batch} leaves some of {world_size} ranks without a sample; "
+                "take fewer ranks"
+            )
+        if not (share.even or uneven):
             near = max(world_size, round(global_batch / world_size) * world_size)
-            raise UsageError(
+            raise Declined(
                 f"run.loader: global_batch={global_batch} can't be split evenly over {world_size} ranks, and "
-                "uneven parts would weigh samples differently; choose one that all your node types divide "
+                "uneven parts would weigh samples differently. Have run.micro_batches weigh them, and allow them: "
+                "run.loader(…, uneven=True); or choose a global_batch that all your node types divide "
                 f"(for {world_size} ranks {near}, say)"
             )
         taken = {"batch_size", "sampler", "batch_sampler", "drop_last", "generator"} & options.keys()
@@ -125,8 +140,8 @@ class ElasticLoader:
         self._dataset: Any = dataset
         self._size = len(dataset)
         self._global_batch = global_batch
-        self._rank = rank
-        self._local_batch = global_batch // world_size
+        #: This rank's part of each global batch.
+        self.share = share
         self._seed = seed
         self._shuffle = shuffle
         self._options = options
@@ -134,9 +149,9 @@ class ElasticLoader:
         self.samples = 0
 
     def indices(self, step: int) -> npt.NDArray[np.int64]:
-        """Sample indices of this rank's part of a step's global batch, shape ``(global_batch / ranks,)``."""
-        begin = step * self._global_batch + self._rank * self._local_batch
-        positions = np.arange(begin, begin + self._local_batch)
+        """Sample indices of this rank's part of a step's global batch, shape ``(share.samples,)``."""
+        begin = step * self._global_batch + self.share.begin
+        positions = np.arange(begin, begin + self.share.samples)
         if not self._shuffle:
             return positions % self._size
         found = np.empty(len(positions), dtype=np.int64)

@@ -8,80 +8,98 @@ from pathlib import Path
 
 from hpc_resume.files import JsonObject
 
-#: A cgroup of a whole Slurm job. Source: Slurm's cgroup plugins (v1: .../job_N/step_M, v2: .../job_N/step_M/user).
+#: A cgroup of a whole Slurm job. Source: Slurm's cgroup plugin, version 2: .../job_N/step_M/user/task_R.
 _JOB = re.compile(r"job_\d+")
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OomKills:
-    """Counts at one moment.
+    """Counts at one moment, and what they count.
 
     Parameters
     ----------
     boot
         Identity of the node's boot: counts of different ones can't be compared.
     node
-        Of all processes of the node.
-    job
-        Of the job's own, where control groups count them.
+        Kills of all processes of the node.
+    group, in_group
+        File in which a control group of this process counts, and its count; ``None`` where there is none.
     """
 
     boot: str
     node: int
-    job: int | None
+    group: str | None = None
+    in_group: int | None = None
 
     @classmethod
     def read(cls, root: Path = Path("/")) -> OomKills:
-        """Read this node's counts; what can't be read counts as none.
+        """Read the counts of this process's node and control group; what can't be read counts as none.
 
         Source: proc(5), /proc/vmstat; kernel documentation, cgroup-v2, memory.events; cgroup-v1,
         memory.oom_control.
         """
-        boot = _text(root / "proc/sys/kernel/random/boot_id").strip()
-        return cls(boot=boot, node=_count(root / "proc/vmstat") or 0, job=_count_of_job(root))
+        group = _group(root)
+        return cls(
+            boot=_boot(root),
+            node=_count(root / "proc/vmstat") or 0,
+            group=None if group is None else str(group),
+            in_group=None if group is None else _count(group),
+        )
 
     @classmethod
     def from_json(cls, record: JsonObject) -> OomKills | None:
         """Read :meth:`to_json`; ``None`` if it is something else."""
-        boot, node, job = (record.get(key) for key in ("boot", "node", "job"))
-        if not isinstance(boot, str) or not isinstance(node, int) or not isinstance(job, int | None):
+        boot, node, group, in_group = (record.get(key) for key in ("boot", "node", "group", "in_group"))
+        if not (isinstance(boot, str) and isinstance(node, int)):
             return None
-        return cls(boot=boot, node=node, job=job)
+        if not (isinstance(group, str | None) and isinstance(in_group, int | None)):
+            return None
+        return cls(boot=boot, node=node, group=group, in_group=in_group)
 
     def to_json(self) -> JsonObject:
         """JSON form."""
-        return {"boot": self.boot, "node": self.node, "job": self.job}
+        return {"boot": self.boot, "node": self.node, "group": self.group, "in_group": self.in_group}
 
-    def since(self, earlier: OomKills) -> int | None:
-        """How many processes were killed on the node since an earlier count; ``None`` if that can't be told."""
-        return self.node - earlier.node if self.boot and self.boot == earlier.boot else None
+    def since(self, root: Path = Path("/")) -> int | None:
+        """Count again what was counted here; ``None`` if that can't be done on this node.
 
-    def evidence_since(self, earlier: OomKills) -> str | None:
-        """Tell of kills of the job's own processes, or where its own are not counted, of the node's."""
-        if self.job is not None and earlier.job is not None:
-            return _words(self.job - earlier.job, "of this job")
-        return _words(self.since(earlier) or 0, "on this node")
+        Where the control group is still there, it alone counts: what is killed elsewhere on the node may be
+        another job's.
+
+        Returns
+        -------
+        int or None
+            Kills since then.
+        """
+        if not self.boot or self.boot != _boot(root):
+            return None
+        if self.group is not None and self.in_group is not None:
+            again = _count(Path(self.group))
+            if again is not None:
+                return again - self.in_group
+        return (_count(root / "proc/vmstat") or 0) - self.node
 
 
-def _words(kills: int, whose: str) -> str | None:
-    if kills <= 0:
-        return None
-    return (
-        f"the kernel killed {kills} process{'' if kills == 1 else 'es'} {whose} for want of memory meanwhile"
-    )
+def _boot(root: Path) -> str:
+    return _text(root / "proc/sys/kernel/random/boot_id").strip()
 
 
-def _count_of_job(root: Path) -> int | None:
-    """Count in the job's control group: version 2 counts what its descendants do, too."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
+def _group(root: Path) -> Path | None:
+    """Find the file that counts for this process: of version 2 its job's, which counts what is below it, too."""
+    for line in sorted(_text(root / "proc/self/cgroup").splitlines()):  # version 2, whose number is 0, first
         number, controllers, path = line.split(":", 2)
-        if number != "0" or controllers:
+        where = path.lstrip("/")
+        if number == "0" and not controllers:
+            own = root / "sys/fs/cgroup" / where
+            folder = next((each for each in (own, *own.parents) if _JOB.fullmatch(each.name)), own)
+            file = folder / "memory.events"
+        elif "memory" in controllers.split(","):
+            file = root / "sys/fs/cgroup/memory" / where / "memory.oom_control"
+        else:
             continue
-        folder = root / "sys/fs/cgroup" / path.lstrip("/")
-        for each in (folder, *folder.parents):
-            if _JOB.fullmatch(each.name):
-                return _count(each / "memory.events")
+        if _count(file) is not None:
+            return file
     return None
 
 

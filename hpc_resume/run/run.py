@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,8 +18,12 @@ from hpc_resume.config import Config
 from hpc_resume.errors import Interrupted, UsageError
 from hpc_resume.files import Clock
 from hpc_resume.run.agreement import NOT_BEGUN
+from hpc_resume.run.fitness import DTYPES
 from hpc_resume.run.loader import ElasticLoader
+from hpc_resume.run.microbatches import micro_batches
+from hpc_resume.run.rehearsing import Rehearsing
 from hpc_resume.run.session import Session
+from hpc_resume.run.settling import device_of, settle
 from hpc_resume.rundir import RunDirectory
 
 
@@ -67,10 +71,12 @@ class Run:
     ) -> None:
         if run_dir is not None:
             settings["run_dir"] = str(Path(run_dir).absolute())
-        self._session = Session(_settle(config, settings), clock=clock)
-        self._device = _device(self._session.environment.local_rank)
+        self._session = Session(settle(config, settings), clock=clock)
+        self._device = device_of(self._session.environment.local_rank)
         self._state: TrackedState | None = None
         self._loader: ElasticLoader | None = None
+        self._stepping: ElasticLoader | None = None
+        self._weighed = False
         self._begun = False
         self._inside = False
         self._pid = os.getpid()
@@ -94,6 +100,11 @@ class Run:
     def device(self) -> torch.device:
         """The GPU of this process, or the CPU."""
         return self._device
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What :meth:`autocast` computes in: the node type's ``precision``, float32 by default."""
+        return DTYPES[self._session.fitness.precision]
 
     @property
     def step(self) -> int:
@@ -140,7 +151,13 @@ class Run:
             self._session.cancel()
 
     def loader(
-        self, dataset: Any, global_batch: int, *, shuffle: bool = True, **options: Any
+        self,
+        dataset: Any,
+        global_batch: int,
+        *,
+        shuffle: bool = True,
+        uneven: bool = False,
+        **options: Any,
     ) -> ElasticLoader:
         """Load batches of a map-style dataset, in the same order on any number of ranks.
 
@@ -149,16 +166,21 @@ class Run:
         dataset
             Has ``__len__`` and ``__getitem__``.
         global_batch
-            Samples in a step, over all ranks; the number of ranks must divide it.
+            Samples in a step, over all ranks; it stays the same on whatever the run goes on.
         shuffle
             Whether the order is random, by the run's seed.
+        uneven
+            Take numbers of ranks that do not divide it, too: some ranks then have one sample more than others, and
+            :meth:`micro_batches` weighs them.
         **options
             For ``torch.utils.data.DataLoader``: ``num_workers``, ``collate_fn``, ``pin_memory`` …
 
         Raises
         ------
         UsageError
-            If the dataset has no length, or the batch can't be split evenly.
+            If the dataset has no length.
+        Declined
+            If the batch can't be split over so many ranks; another node type is tried then, if there is one.
         """
         return ElasticLoader(
             dataset,
@@ -167,8 +189,58 @@ class Run:
             world_size=self.world_size,
             seed=self.config.seed,
             shuffle=shuffle,
+            uneven=uneven,
             **options,
         )
+
+    def micro_batches(
+        self, batch: Any, *models: torch.nn.Module, size: int | None = None
+    ) -> Iterator[tuple[Any, float]]:
+        """Cut this rank's part of a step into micro-batches whose weighted gradients are those of the global batch.
+
+        Parameters
+        ----------
+        batch
+            What :meth:`steps` gave: a tensor with samples in its first dimension, or dicts, lists and tuples of
+            such.
+        *models
+            Under DDP or ``fully_shard``: they synchronise gradients in the last micro-batch only. Without them it
+            is done in each: under FSDP2 that takes longer, and no rank then holds the gradients of the whole model.
+        size
+            Most samples in a micro-batch; without it the node type's ``micro_batch``, or all at once.
+
+        Yields
+        ------
+        (Any, float)
+            A micro-batch, and the weight by which to multiply the mean loss over its samples.
+
+        Raises
+        ------
+        UsageError
+            If the batch can't be cut into samples.
+
+        Examples
+        --------
+        >>> for step, batch in run.steps(data, until=2000):  # doctest: +SKIP
+        ...     for micro, weight in run.micro_batches(batch, model):
+        ...         with run.autocast():
+        ...             loss = loss_fn(model(micro)) * weight
+        ...         loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        """
+        yield from micro_batches(
+            batch,
+            models,
+            share=self._stepping.share if self._stepping is not None else None,
+            world_size=self.world_size,
+            limit=size or self._session.fitness.limit,
+        )
+        self._weighed = True
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute in the node type's ``precision``; a context manager for the forward pass."""
+        return self._session.fitness.autocast(self._device.type)
 
     def track(self, **items: Any) -> None:
         """Name what is saved, and restore it if there is something to restore.
@@ -198,7 +270,7 @@ class Run:
             )
         self._state = TrackedState(items, rank=self.rank, world_size=self.world_size)
         self._loader = next((item for item in items.values() if isinstance(item, ElasticLoader)), None)
-        self._session.restore(self._state)
+        self._session.restore(self._state, None if self._loader is None else self._loader.share)
 
     def steps(self, data: Iterable[Any], *, until: int) -> Iterator[tuple[int, Any]]:
         """Go through the remaining steps; saves, stops and continues as needed.
@@ -229,9 +301,15 @@ class Run:
                 "run.steps: this loader is not tracked, so its position would be lost; "
                 "pass it to run.track(data=…) too"
             )
+        rehearsing = None
+        if "HPC_RESUME_REHEARSAL" in os.environ and self.rank == 0:
+            frame = sys._getframe(1)  # noqa: SLF001 - the script's
+            rehearsing = Rehearsing(self.directory.root, frame, self._state.items)
         batches = iter(data)
         self._inside = False
         while True:
+            if rehearsing is not None:
+                rehearsing.at(self.step)
             self._session.boundary(self._state, self._samples, until)
             if self.step >= until:
                 break
@@ -242,8 +320,10 @@ class Run:
                 self._inside = False
                 self._session.rest()
                 break
+            self._stepping, self._weighed = (data if data is self._loader else None), False
             yield self.step, batch
             self._inside = False
+            self._check_weights()
             self._session.step += 1
         self._save("done")
 
@@ -296,6 +376,16 @@ class Run:
         """
         self._session.metrics.log(self.step, values)
 
+    def _check_weights(self) -> None:
+        """Refuse a step whose ranks had unequal parts and weighed them equally."""
+        loader, self._stepping = self._stepping, None
+        if loader is not None and not (loader.share.even or self._weighed):
+            raise UsageError(
+                f"step {self.step}: global_batch={loader.share.global_batch} is split unevenly over "
+                f"{self.world_size} ranks, and nothing weighed the parts; go through all of "
+                "run.micro_batches(batch, model) in each step, and multiply each loss by its weight"
+            )
+
     @property
     def _samples(self) -> int:
         return self._loader.samples if self._loader is not None else 0
@@ -303,24 +393,3 @@ class Run:
     def _save(self, reason: str) -> None:
         assert self._state is not None
         self._session.save(self._state, self._samples, reason, wait=True)
-
-
-def _settle(config: Config | str | Path | None, settings: dict[str, Any]) -> Config:
-    """Resolve the settings of this process."""
-    if isinstance(config, Config):
-        settled = config.replace(**settings) if settings else config
-    else:
-        path = config or os.environ.get("HPC_RESUME_CONFIG") or None
-        settled = Config.load(path, overrides=settings, environ=os.environ)
-    if settled.origin("name") == "default":
-        # Two scripts that nobody named must not share a run directory.
-        stem = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
-        name = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("-._")
-        settled = settled.replace(name=name) if name else settled
-    return settled
-
-
-def _device(local_rank: int) -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device("cpu")

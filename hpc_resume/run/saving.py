@@ -22,7 +22,7 @@ from hpc_resume.checkpoint.staging import Staging
 from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.config import Config
 from hpc_resume.errors import FencedError, HpcResumeError, RendezvousError, SaveError
-from hpc_resume.files import Clock
+from hpc_resume.files import Clock, JsonObject
 from hpc_resume.journal import Journal
 from hpc_resume.policy.saving import told_s, what_fits
 from hpc_resume.provenance.environment import describe_environment
@@ -112,6 +112,8 @@ class Saver:
             dead_after_s=settings.dead_after_s,
             threads=settings.threads,
         )
+        #: What checkpoints say of this attempt besides; the same on all ranks.
+        self.recorded: JsonObject = {}
         self._pending: dict[int, Part] = {}
         self._taken = self._failures = 0
         self._last_failure = 0, ""
@@ -234,7 +236,7 @@ class Saver:
             world_size=self._environment.world_size,
             node_type=self._facts.node_type,
             config=self._config.digest(),
-            environment=self._described,
+            environment={**self._described, **self.recorded},
             content=MODEL if content == MODEL else FULL,
             note=note,
         )

@@ -19,6 +19,7 @@ from hpc_resume.config import Config
 from hpc_resume.errors import (
     EXIT_CONTINUE,
     BudgetSpent,
+    Declined,
     HpcResumeError,
     Interrupted,
     RendezvousError,
@@ -32,11 +33,13 @@ from hpc_resume.run.attempt import AttemptFacts, begin_attempt
 from hpc_resume.run.continuation import choose
 from hpc_resume.run.deadline import Deadline, Pace, assumed_end_s
 from hpc_resume.run.ending import Ending, LastWord
-from hpc_resume.run.fault import Faults, lost_a_peer, summary
+from hpc_resume.run.fault import Faults, before_the_start, lost_a_peer, summary
+from hpc_resume.run.fitness import Fitness, describe_device
 from hpc_resume.run.memory import OomKills
 from hpc_resume.run.metrics import Metrics
+from hpc_resume.run.microbatches import Share
 from hpc_resume.run.peers import join
-from hpc_resume.run.restoring import restore_newest
+from hpc_resume.run.restoring import restore_newest, tell
 from hpc_resume.run.saving import Saver
 from hpc_resume.run.stopping import Stopping
 from hpc_resume.rundir import RunDirectory
@@ -128,19 +131,14 @@ class Session:
                 raise Interrupted(why)
             if self._journal is not None and (how := self._continuation.prepare()):
                 self._note("provided", how=how)
+            self.fitness = Fitness(
+                self.config, self.environment, describe_device(device), self.facts.node_type
+            )
             self._own_group = self.peers.start_process_group()
             self.stopping.join(self.peers, self._journal)
             self.metrics = Metrics(folder / f"metrics-rank-{self.rank:05d}.jsonl", clock=self._clock)
-            self.saver = Saver(
-                self.directory,
-                self.facts,
-                self.environment,
-                self.peers,
-                self.config,
-                self._clock,
-                self._journal,
-                self.say,
-            )
+            about = self.directory, self.facts, self.environment, self.peers, self.config
+            self.saver = Saver(*about, self._clock, self._journal, self.say)
             self._pace = Pace(self.saver, warning_lead_s=self.config.warning_lead_s, clock=self._clock)
             if self.rank == 0:
                 due, note = self.stopping.due, self._note
@@ -148,10 +146,11 @@ class Session:
                 self.stopping.heed(Deadline(self._scheduler, self._pace, due, note, self._clock, end_s))
         except BaseException as error:
             self.stopping.abandon()
-            if isinstance(error, RendezvousError) and self.environment.job_id is not None:
+            verdict = before_the_start(error)
+            if verdict is not None and self.environment.job_id is not None:
                 sys.stderr.write(f"hpc_resume: {error}\n")
                 if self.rank == 0 and self._last_word is not None:
-                    ending = self._end(Verdict(cause=Cause.HANG, evidence=f"the ranks did not meet: {error}"))
+                    ending = self._end(verdict)
                     if ending.decision == "stop":
                         raise SystemExit(ending.exit_code) from None
                 raise Interrupted(str(error)) from None  # another allocation may have better luck
@@ -183,9 +182,11 @@ class Session:
             facts=facts,
         )
 
-    def restore(self, state: TrackedState) -> None:
+    def restore(self, state: TrackedState, share: Share | None) -> None:
         """Restore the newest checkpoint that is whole."""
         self.breathe(None, 0, NOT_BEGUN)
+        self.fitness.look_at(state, share, self.peers)
+        self.saver.recorded = self.fitness.recorded()
         restored = restore_newest(
             self.directory,
             state,
@@ -194,20 +195,17 @@ class Session:
             world_size=self.world_size,
             seed=self.config.seed,
             journal=self._journal,
+            fits=self.fitness.problem,
         )
-        place = f"attempt {self.facts.number} on {_ranks(self.world_size)}"
-        if self.facts.node_type:
-            place += f" ({self.facts.node_type})"
+        tell(restored, self.facts.place(self.world_size), self.directory, say=self.say, note=self._note)
         if restored is None:
             generators.seed_all(self.config.seed, 0, self.rank)
-            self.say(f"{place}: a new run in {self.directory.root}")
-            self._note("fresh", step=0)
         else:
             self.step = self.first_step = restored.manifest.step
             self.saver.restored(restored.manifest)
-            saved_on = restored.manifest.world_size
-            self.say(f"{place}: restored step {self.step} ({restored.name}, saved on {_ranks(saved_on)})")
-            self._note("restored", checkpoint=restored.name, step=self.step, saved_world_size=saved_on)
+            for event, why in self.fitness.notes(restored.manifest):
+                self.say(why)
+                self._note(event, why=why)
         assert self._last_word is not None
         if (spent := self._last_word.why_spent(self.step)) is not None:
             raise BudgetSpent(
@@ -320,12 +318,21 @@ class Session:
         with contextlib.suppress(Exception):  # reading a tensor of a GPU that has failed fails, too
             self.metrics.flush()
         assert self._faults is not None
+        assert self._last_word is not None
+        if isinstance(error, Declined) and self.environment.job_id is not None:
+            self._ending.acquire()  # all ranks come here together
+            about = self.fitness.node_type, self.peers
+            code, why = self._last_word.decline(str(error), *about, step=self.step)
+            self.say(why)
+            self._part()
+            self.stopping.abandon(last_word=True)
+            self.shut_down(destroy=False)
+            raise (Interrupted(why) if code == EXIT_CONTINUE else SystemExit(code)) from None
         fault = self._faults.of(error, begun=self.step > self.first_step)
         self.saver.drain(_DRAIN_S)
         self._ending.acquire()
         if self.stopping.leaving and lost_a_peer(error):  # one that has left, as this one was to
             fault = dataclasses.replace(fault, cause=self.stopping.verdict().cause, nodes=())
-        assert self._last_word is not None
         code = self._last_word.fail(
             fault, first_step=self.first_step, step=self.step, progressed=self._progressed
         )
@@ -342,9 +349,8 @@ class Session:
     def cancel(self) -> None:
         """End an attempt that somebody broke off at the keyboard, in a hurry."""
         assert self._last_word is not None
-        self._last_word.note(
-            Cause.CANCEL, "stop", "interrupted from the keyboard", step=self.step, exit_code=130
-        )
+        why = "interrupted from the keyboard"
+        self._last_word.note(Cause.CANCEL, "stop", why, step=self.step, exit_code=130)
         self.stopping.abandon()
         self.shut_down(destroy=False)
 
@@ -376,8 +382,8 @@ class Session:
             threading.Event().wait(_HEAD_START_S)
         elif self._last_word is not None:
             if self._faults is not None:
-                in_order = self._reached or self.stopping.leaving
-                verdict = self._faults.behind(verdict, reason, no_hang=in_order)
+                no_hang = self._reached or self.stopping.leaving
+                verdict = self._faults.behind(verdict, reason, no_hang=no_hang)
             code = self._end(verdict).exit_code
         sys.stdout.flush()
         sys.stderr.flush()
@@ -391,7 +397,4 @@ class Session:
         """Talk to the person who reads the log; rank 0 only."""
         if self.rank == 0:
             sys.stderr.write(f"hpc_resume: {text}\n")
-
-
-def _ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"
+            sys.stderr.flush()

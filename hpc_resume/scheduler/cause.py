@@ -40,6 +40,8 @@ class Cause(str, Enum):
     #: A bare signal: from a person, or because another rank died.
     SIGNAL = "signal"
     DONE = "done"
+    #: The run can't go on on these nodes, or on this number of ranks.
+    DECLINED = "declined"
     NO_PROGRESS = "no_progress"
     UNKNOWN = "unknown"
 

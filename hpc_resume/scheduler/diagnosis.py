@@ -31,7 +31,7 @@ class Remains:
     job
         What the scheduler says now.
     oom_kills
-        How many processes the kernel has killed for want of memory on rank 0's node since the attempt began;
+        How many processes the kernel has killed for want of memory where rank 0 ran, since the attempt began;
         ``None`` if that can't be told.
     """
 
@@ -136,4 +136,4 @@ def _oom(kills: int | None) -> str:
     if kills is None:
         return ""
     many = {0: "no process", 1: "1 process"}.get(kills, f"{kills} processes")
-    return f"the kernel killed {many} for want of memory on rank 0's node meanwhile"
+    return f"the kernel killed {many} for want of memory where rank 0 ran"

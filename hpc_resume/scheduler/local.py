@@ -110,6 +110,20 @@ def process_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def children_of(pid: int) -> list[int]:
+    """Process ids of a process's children that are no zombies, in the order of their start."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and (ticks := process_ticks(int(folder.name))) is not None:
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            if parent == pid:
+                found.append((ticks, int(folder.name)))
+    return [child for _, child in sorted(found)]
+
+
 class LocalScheduler:
     """Answers for the embedded scheduler; see :class:`hpc_resume.scheduler.base.Scheduler`.
 

@@ -352,6 +352,37 @@ def test_how_the_ranks_ended_is_left_for_the_next_attempt(tmp_path, world, ranks
     assert json.loads(run.exit_codes_path("j", 1).read_bytes()) == {"0": 0}
 
 
+def test_a_time_limit_can_be_brought_once_per_attempt(tmp_path, world):
+    stubborn, second = Rank(), Rank(ends=(5, 0))
+    state = play(
+        tmp_path, world, ({"time_limit_s": 600.0}, stubborn), ({}, second),
+        before=lambda controller: world.at(2, controller.expire),
+    )  # fmt: skip
+    assert stubborn.got() == [(2.0, USR2), (2.0, CONT), (7.0, CONT), (7.0, TERM), (10.0, KILL)]
+    warned, ended = stubborn.signals[0][2], stubborn.signals[3][2]
+    assert (warned.state, warned.end_time) == ("RUNNING", pytest.approx(1007.0, abs=0.1))
+    assert (ended.state, ended.reason) == ("COMPLETING", "TimeLimit")
+    assert (second.got(), state.state) == ([], "COMPLETED")
+
+
+def declines(run_dir, number):
+    """What an attempt leaves that can't go on on what it got."""
+    run = RunDirectory(run_dir)
+    run.attempt(number).mkdir(parents=True)
+    (run.attempt(number) / "events.jsonl").write_bytes(
+        write_line({"t": 1, "event": "ended", "cause": "declined"})
+    )
+
+
+def test_a_declined_node_type_is_followed_by_the_next_in_a_ring(tmp_path, world):
+    world.at(3, lambda: declines(tmp_path / "run", 2))
+    ranks = [Rank(ends=(2, 75)) for _ in range(3)]
+    state = play(tmp_path, world, ({}, ranks[0]), ({}, ranks[1]), more=[ranks[2], Rank(ends=(1, 0))])
+    given = [rank.variables["HPC_RESUME_NODE_TYPE"] for rank in world.ranks]
+    assert given == ["type0", "type1", "type0", "type1"]
+    assert state.state == "COMPLETED"
+
+
 # -- started again in place -------------------------------------------------------------------------------
 
 

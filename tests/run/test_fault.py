@@ -13,7 +13,7 @@ from hpc_resume.errors import (
     RendezvousError,
     SaveError,
 )
-from hpc_resume.run.fault import Fault, Faults
+from hpc_resume.run.fault import Fault, Faults, before_the_start
 from hpc_resume.run.history import FAULT, _fault
 from hpc_resume.run.memory import OomKills
 from hpc_resume.run.peers import Peers
@@ -21,6 +21,7 @@ from hpc_resume.scheduler.cause import Cause, Verdict
 from hpc_resume.scheduler.environment import JobEnvironment
 from hpc_resume.scheduler.local import process_ticks
 
+COUNTS = OomKills(boot="b", node=1)
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:49300")
 
 
@@ -40,14 +41,13 @@ class Ranks:
     def __init__(self, folder, size=2, kills=0):
         self.now = 0.0
         self.store = dist.HashStore()
-        before = OomKills(boot="b", node=1, job=None)
         self.ranks = []
         for rank in range(size):
             peers = Peers(environment(rank, size), self.store, None, "x")
             self.ranks.append(
                 Faults(
-                    environment(rank, size), peers, folder, before,
-                    read_oom_kills=lambda: OomKills(boot="b", node=1 + kills, job=None),
+                    environment(rank, size), peers, folder, COUNTS,
+                    kills_since=lambda _: kills,
                     monotonic=lambda: self.now, pause=self.pause,
                 )
             )  # fmt: skip
@@ -95,6 +95,29 @@ def test_an_exception_is_a_mistake_only_before_the_first_step(ranks, begun):
     found = ranks[0].of(ValueError("something"), begun=begun)
     assert (found.cause, found.mistake, found.nodes) == (Cause.CRASH, not begun, ("n1",))
     assert found.evidence == "rank 0 on n1: ValueError: something"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
+def test_a_full_or_absent_disk_is_no_mistake_of_the_script(ranks, number):
+    try:
+        try:
+            raise OSError(number, os.strerror(number), "samples.txt")
+        except OSError as error:
+            raise RuntimeError("could not write") from error
+    except RuntimeError as error:
+        found = ranks[0].of(error, begun=False)
+    assert (found.cause, found.mistake, found.nodes) == (Cause.CRASH, False, ())
+
+
+def test_what_keeps_a_run_from_beginning_may_pass_or_not():
+    assert before_the_start(RendezvousError("rank 3 did not come")).cause is Cause.HANG
+    assert before_the_start(OSError(errno.ENOSPC, "full", "attempt.json")).cause is Cause.CRASH
+    assert before_the_start(PermissionError(errno.EACCES, "not yours")) is None
+    assert before_the_start(KeyboardInterrupt()) is None
+
+
+def test_a_file_that_is_not_there_is_a_mistake_of_the_script(ranks):
+    assert ranks[0].of(FileNotFoundError(errno.ENOENT, "no such file"), begun=False).mistake
 
 
 def test_a_broken_gpu_is_no_mistake_of_the_script(ranks):
@@ -150,7 +173,7 @@ def test_a_collective_that_times_out_while_nobody_has_failed_is_a_hang(ranks):
 
 def neighbour(faults, rank, *, alive):
     pid = os.getpid()
-    faults._neighbours = {rank: (pid, process_ticks(pid) - (0 if alive else 1))}
+    faults._neighbours = {rank: (pid, process_ticks(pid) - (0 if alive else 1), COUNTS)}
 
 
 @pytest.mark.parametrize(("kills", "cause"), [(0, Cause.CRASH), (1, Cause.OUT_OF_MEMORY)])
@@ -186,14 +209,14 @@ def test_a_killed_data_worker_needs_the_kernels_word(tmp_path):
 def test_what_is_certain_stays_when_no_boundary_comes(ranks, cause):
     neighbour(ranks[0], 1, alive=False)
     found = ranks[0].behind(
-        Verdict(cause=cause, evidence="SIGTERM"), "no step ended within 60 s", at_boundary=False
+        Verdict(cause=cause, evidence="SIGTERM"), "no step ended within 60 s", no_hang=False
     )
     assert found.cause is cause
 
 
 def test_no_boundary_and_nobody_dead_is_a_hang(ranks):
     asked = Verdict(cause=Cause.TIME_LIMIT, evidence="SIGUSR2; 100 s before the time limit")
-    found = ranks[0].behind(asked, "no step ended within 60 s", at_boundary=False)
+    found = ranks[0].behind(asked, "no step ended within 60 s", no_hang=False)
     assert found.cause is Cause.HANG
     assert found.evidence == (
         "no step ended within 60 s; asked to stop by SIGUSR2; 100 s before the time limit"
@@ -203,7 +226,7 @@ def test_no_boundary_and_nobody_dead_is_a_hang(ranks):
 def test_a_last_save_that_takes_too_long_is_no_hang(ranks):
     neighbour(ranks[0], 1, alive=False)
     asked = Verdict(cause=Cause.TIME_LIMIT, evidence="SIGUSR2")
-    found = ranks[0].behind(asked, "the last checkpoint was not committed", at_boundary=True)
+    found = ranks[0].behind(asked, "the last checkpoint was not committed", no_hang=True)
     assert found.cause is Cause.TIME_LIMIT
     assert found.evidence == "the last checkpoint was not committed; asked to stop by SIGUSR2"
 
@@ -211,7 +234,7 @@ def test_a_last_save_that_takes_too_long_is_no_hang(ranks):
 def test_no_boundary_because_a_rank_is_dead(ranks):
     neighbour(ranks[0], 1, alive=False)
     asked = Verdict(cause=Cause.SIGNAL, evidence="SIGTERM", already_requeued=True)
-    found = ranks[0].behind(asked, "the ranks could not agree", at_boundary=False)
+    found = ranks[0].behind(asked, "the ranks could not agree", no_hang=False)
     assert (found.cause, found.nodes, found.already_requeued) == (Cause.CRASH, ("n1",), True)
     assert found.evidence.startswith("rank 1 on n1: its process")
 

@@ -158,7 +158,7 @@ def test_kills_for_want_of_memory_are_counted_on_the_same_node_and_boot(story):
     story.attempt(began(0))
     path = story.run.attempt(1) / "events.jsonl"
     (begun,) = read_events(path, {"begun"})
-    before = {**begun["oom_kills"], "node": begun["oom_kills"]["node"] - 1}
+    before = {**begun["oom_kills"], "node": begun["oom_kills"]["node"] - 1, "group": None}
     journal = Journal(path, clock=lambda: T0)
     journal.event("begun", oom_kills=before)
     journal.close()
@@ -168,7 +168,7 @@ def test_kills_for_want_of_memory_are_counted_on_the_same_node_and_boot(story):
 
 
 def test_on_another_node_the_count_says_nothing(story):
-    story.attempt(began(0), ("begun", {"oom_kills": {"boot": "b", "node": -5, "job": None}}))
+    story.attempt(began(0), ("begun", {"oom_kills": {"boot": "b", "node": -5}}))
     story.run.exit_codes_path("j", 0).write_text('{"0": 137}')
     story.attempt(node="n2")
     assert story.diagnosed() == [(1, "crash", ["n1"])]

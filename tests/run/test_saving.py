@@ -68,8 +68,8 @@ def dying_in_its_last_shard(steps, victim, kind="ddp"):
 def test_survivors_complete_a_checkpoint_from_their_replicas(tmp_path):
     run_dir = tmp_path / "run"
     attempt = Attempt(run_dir, 3, dying_in_its_last_shard, 400, 1)
-    attempt.tell(end_time=time.time() + 60)
     attempt.wait_for_step(7)
+    attempt.tell(end_time=time.time() + 60)  # not before: it would stop by its own clock
     attempt.signal(signal.SIGUSR2)
     assert attempt.wait() == [75, -signal.SIGKILL, 75], attempt.log.read_text()
     run = RunDirectory(run_dir)
@@ -113,8 +113,8 @@ def dying_leader(steps, notes, optimizer):
 def test_survivors_complete_a_checkpoint_without_rank_0(tmp_path, size, optimizer):
     run_dir, notes = tmp_path / "run", tmp_path / "notes"
     attempt = Attempt(run_dir, size, dying_leader, 400, str(notes), optimizer)
-    attempt.tell(end_time=time.time() + 60)
     attempt.wait_for_step(7)
+    attempt.tell(end_time=time.time() + 60)  # not before: it would stop by its own clock
     attempt.signal(signal.SIGUSR2)
     assert attempt.wait() == [-signal.SIGKILL, *[75] * (size - 1)], attempt.log.read_text()
     run = RunDirectory(run_dir)

@@ -77,7 +77,7 @@ def test_on_one_node_all_codes_are_its_own():
 def test_a_kill_for_want_of_memory_needs_both_facts():
     both = diagnose(Remains(exit_codes={0: -9}, ranks=RANKS, oom_kills=2))
     assert (both.cause, both.nodes) == (Cause.OUT_OF_MEMORY, ())
-    assert "the kernel killed 2 processes for want of memory on rank 0's node" in both.evidence
+    assert "the kernel killed 2 processes for want of memory where rank 0 ran" in both.evidence
     none = diagnose(Remains(exit_codes={0: -9}, oom_kills=0))
     assert none.cause is Cause.CRASH
     assert "the kernel killed no process" in none.evidence

@@ -11,12 +11,19 @@ from cluster import PrivateCluster, SlurmUnavailable
 _HERE = Path(__file__).parent
 
 
+#: These take as long as all the others, and have a cluster of their own where there are workers enough.
+_APART = {"test_continuation.py", "test_deadline.py", "test_inside.py"}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
         if _HERE in item.path.parents:
             item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.xdist_group("slurm"))  # one cluster, one worker
+            group = "slurm-2" if item.path.name in _APART else "slurm-1"
+            item.add_marker(pytest.mark.xdist_group(group))  # one cluster, one worker
+    # Slurm takes its time: whatever else there is to test is done meanwhile.
+    items.sort(key=lambda item: _HERE not in item.path.parents)
 
 
 @pytest.fixture(scope="session")

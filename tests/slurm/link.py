@@ -41,7 +41,8 @@ def main():
         with open(records, "ab", buffering=0) as file:  # noqa: PTH123 - one write a line
             file.write(json.dumps({**same, **fields}).encode() + b"\n")
 
-    identify(run, config, job)
+    if job.rank == 0:
+        identify(run, config, job)
     done = sum(json.loads(line)["event"] == "begun" for line in Path(records).read_text().splitlines())
     step = json.loads(plan)[min(done, len(json.loads(plan)) - 1)]
     record(

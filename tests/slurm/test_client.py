@@ -335,7 +335,7 @@ def test_node_failure(outcome):
     assert state == "COMPLETED"
     record = only(signals)
     assert (record["signal"], record["cause"], record["requeued"]) == ("SIGTERM", "node_failure", True)
-    assert "small2 is down" in record["evidence"]
+    assert "(small2 down)" in record["evidence"]
     assert len(job.records("started", restart=1)) == 2
 
 
@@ -400,4 +400,4 @@ def test_sbatch_reads_our_directives(cluster):
     assert "Requeue=1" in shown
     assert 'Comment=it\'s "mine"' in shown
     cluster.wait_state(job, "COMPLETED")
-    assert [path.name for path in folder.iterdir()] == [f"gpt-{job}.log"]
+    assert (folder / f"gpt-{job}.log").exists()

@@ -24,6 +24,8 @@ from hpc_resume.report.status import status
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.scheduler.notes import Notes
 from tests.run.training import train
+from tests.slurm import table
+from tests.slurm.cluster import PrivateCluster
 
 LINK = Path(__file__).parent / "link.py"
 ROOT = Path(__file__).parents[2]
@@ -36,7 +38,10 @@ WAYS = ("requeue", "chain", "array", "exit", "login")
 class Run:
     """A run whose attempts do what they are told to: see ``link.py``."""
 
-    def __init__(self, cluster, name, way, *plan, types=({"constraint": "v100"},), slurm=None, script=None):
+    def __init__(
+        self, cluster, name, way, *plan, types=({"constraint": "v100"},), slurm=None, script=None, limit_s=300,
+        in_place=2,
+    ):  # fmt: skip
         self.cluster, self.name = cluster, name
         self.path = cluster.work / f"{name}.jsonl"
         self.path.touch()
@@ -45,9 +50,10 @@ class Run:
             overrides={
                 "name": name,
                 "continuation": way,
+                "budget.restarts_in_place": in_place,
                 "scheduler": "slurm",
                 "run_dir": str(self.root),
-                "time_limit_s": 300,
+                "time_limit_s": limit_s,
                 "warning_lead_s": 10,
                 "node_types": [{"mem_gb": 0.1, **each} for each in types],
                 "environment.variables": {"PYTHONPATH": str(ROOT)},
@@ -85,6 +91,13 @@ class Run:
         )
         return self
 
+    def wait_until_it_has_gone_on(self):
+        """Or until nothing is left that could, then for the end."""
+        self.cluster.wait_for(
+            lambda: len(self.records()) > 1 or not self.queue(), 120, f"{self.name} goes on\n{self.log}"
+        )
+        return self.wait_until_nothing_is_left()
+
     def stop(self, count=1):
         """Warn the attempt, as before a time limit."""
         # For an element of an array, scancel signals it and says all the same that it is done (2021).
@@ -112,7 +125,73 @@ def only_one_at_a_time(run):
     return turns == ["begun", "ended"] * (len(turns) // 2)
 
 
+def what_came(run, way):
+    """What came of a run that something happened to once, in words."""
+    first, *rest = (record for record in run.records() if record["rank"] == 0)
+    if not rest and way == "login":
+        answer = run.hpc_resume("resubmit", str(run.root))
+        if answer.startswith("submitted"):
+            run.wait_until_nothing_is_left()
+            assert len(run.records()) == 2
+            return "waits for `hpc-resume resubmit`"
+    if not rest:
+        return "over"
+    assert len(rest) == 1
+    if len(run.records("ended")) == len(run.records()):  # else one was killed
+        assert only_one_at_a_time(run) or rest[0]["ranks"] > 1
+    if (rest[0]["job"], rest[0]["restart"]) == (first["job"], first["restart"]):
+        return "starts again in its allocation"
+    if rest[0]["job"] == first["job"]:
+        return "goes on in the same job"
+    return "goes on in the next element" if way == "array" else "goes on in the next job"
+
+
 # -- what happens to each run -----------------------------------------------------------------------------
+
+
+def timed_out(cluster, way):
+    """The time limit itself, with its warning: Slurm looks at both every 30 s only."""
+    run = Run(cluster, f"timed-out-{way}", way, STOP, DONE, limit_s=60)
+    run.wait(1, "signal", timeout_s=120)
+    return run.wait_until_it_has_gone_on()
+
+
+def requeued_by_an_administrator(cluster, way):
+    run = Run(cluster, f"admin-{way}", way, STOP, DONE)
+    job = run.wait()["job"]
+    answer = cluster.run("scontrol", "requeue", job, check=False)
+    if way in {"chain", "array"}:  # they are submitted with --no-requeue
+        assert "disabled" in answer
+        run.stop()
+    return run.wait_until_it_has_gone_on()
+
+
+def left_without_a_word(cluster, way):
+    """A crash, a hang or want of memory, after which the ranks leave by themselves."""
+    run = Run(cluster, f"wordless-{way}", way, {"until": "once", "code": 75}, DONE)
+    run.wait()
+    return run.wait_until_it_has_gone_on()
+
+
+def together(cluster, name, plan, node_type, happen):
+    """Let something happen to runs of all ways at once, which are all on one node."""
+    runs = {way: Run(cluster, f"{name}-{way}", way, plan, DONE, types=[node_type]) for way in WAYS}
+    (node,) = {run.wait()["node"] for run in runs.values()}
+    happen(node)
+    return {way: what_came(run.wait_until_it_has_gone_on(), way) for way, run in runs.items()}
+
+
+def preempted_together(cluster, partition):
+    def preempt(node):
+        other = cluster.sbatch("#!/bin/bash\nsleep 1", "-p", "high", "-w", node, "--exclusive", "-t", "1")
+        cluster.wait_state(other, *OVER, timeout_s=90)
+
+    node_type = {"partition": partition, "constraint": "v100"}
+    return together(cluster, f"all-{partition}", STOP, node_type, preempt)
+
+
+def on_a_node_that_dies(cluster):
+    return together(cluster, "dying", {"until": "killed"}, {"constraint": "a100"}, cluster.kill_node)
 
 
 def stopped(cluster, way):
@@ -121,25 +200,6 @@ def stopped(cluster, way):
     if way == "login":
         return run.wait_until_nothing_is_left()
     run.wait(2)
-    return run.wait_until_nothing_is_left()
-
-
-def preempted(cluster, way):
-    run = Run(cluster, f"preempted-{way}", way, STOP, DONE, types=[{"partition": "low0"}])
-    node = run.wait()["node"]
-    other = cluster.sbatch("#!/bin/bash\nsleep 1", "-p", "high", "-w", node, "--exclusive", "-t", "1")
-    run.wait(2)
-    cluster.wait_state(other, *OVER)
-    return run.wait_until_nothing_is_left()
-
-
-def preempted_for_good(cluster, way):
-    """The site's PreemptMode is CANCEL: Slurm itself does not run the job again."""
-    run = Run(cluster, f"spot-{way}", way, STOP, DONE, types=[{"partition": "spot"}])
-    node = run.wait()["node"]
-    other = cluster.sbatch("#!/bin/bash\nsleep 1", "-p", "high", "-w", node, "--exclusive", "-t", "1")
-    run.wait(2)
-    cluster.wait_state(other, *OVER)
     return run.wait_until_nothing_is_left()
 
 
@@ -166,8 +226,14 @@ def cancelled_without_notice(cluster, way):
 def killed(cluster, way):
     run = Run(cluster, f"killed-{way}", way, {"until": "killed"}, DONE)
     os.kill(run.wait()["pid"], signal.SIGKILL)
-    run.wait(2)
-    return run.wait_until_nothing_is_left()
+    return run.wait_until_it_has_gone_on()
+
+
+def killed_for_good(cluster, way):
+    """Where ranks are not started again in the same allocation, or have been often enough."""
+    run = Run(cluster, f"dead-{way}", way, {"until": "killed"}, DONE, in_place=0)
+    os.kill(run.wait()["pid"], signal.SIGKILL)
+    return run.wait_until_it_has_gone_on()
 
 
 def failed(cluster, way):
@@ -274,7 +340,7 @@ def resubmitted(cluster, way):
 
 
 def watched(cluster, way):
-    run = Run(cluster, f"watched-{way}", way, STOP, {"until": "killed"}, DONE)
+    run = Run(cluster, f"watched-{way}", way, STOP, {"until": "killed"}, DONE, in_place=0)
     run.wait()
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(run.hpc_resume, "resubmit", str(run.root), "--watch", "--every", "0.5")
@@ -320,13 +386,15 @@ def moved_in_the_queue_to_another_shape(cluster, way):
 
 
 SCENARIOS = {
+    timed_out: WAYS,  # first, because it takes longest
+    requeued_by_an_administrator: WAYS,
+    left_without_a_word: WAYS,
     stopped: WAYS,
-    preempted: ("requeue", "chain", "array", "exit"),
-    preempted_for_good: ("requeue", "chain", "array", "exit"),
     cancelled: WAYS,
     cancelled_and_stubborn: WAYS,
     cancelled_without_notice: WAYS,
-    killed: ("requeue", "chain", "array", "exit"),
+    killed: WAYS,
+    killed_for_good: WAYS,
     failed: WAYS,
     over_by_a_rank: WAYS,
     delayed: ("requeue", "chain", "array", "exit"),
@@ -345,8 +413,45 @@ SCENARIOS = {
 }
 
 
+#: The rows of the table in docs/slurm.md: each a scenario, or what happened to all ways together.
+ROWS = {
+    "the warning before the time limit, or the limit itself": timed_out,
+    "the warning signal at another time, from a person or a site's tool": stopped,
+    "preemption with a grace time": "low",
+    "preemption without one (`PreemptMode=REQUEUE`)": "low0",
+    "preemption for good (`PreemptMode=CANCEL`)": "spot",
+    "an administrator's `scontrol requeue`": requeued_by_an_administrator,
+    "a rank is killed: `kill -9`, or for want of memory": killed,
+    "… and `budget.restarts_in_place` are used up": killed_for_good,
+    "the node dies, with its ranks and the batch script": "dead node",
+    "the ranks leave by themselves with code 75: a crash after the first step, a hang, want of memory": left_without_a_word,
+    "what failed needs other nodes: the next node type": moved_on,
+    "a person's `scancel`": cancelled,
+    "… of ranks that do not react to it": cancelled_and_stubborn,
+    "… that kills at once (`--signal=KILL`)": cancelled_without_notice,
+    "a mistake that every attempt would repeat": failed,
+    "the last word of a run: done, cancelled, no progress": over_by_a_rank,
+}
+
+
 @pytest.fixture(scope="module")
-def scenarios(cluster_of_session):
+def all_at_once():
+    """What came of runs that shared a node, by what happened to it; on a cluster that they have alone."""
+    cluster = PrivateCluster()
+
+    def happen():
+        cluster.start()
+        found = {partition: preempted_together(cluster, partition) for partition in ("low", "low0", "spot")}
+        return found | {"dead node": on_a_node_that_dies(cluster)}
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(happen)
+        yield found.result
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def scenarios(cluster_of_session, all_at_once):
     with ThreadPoolExecutor(16) as pool:
         futures = {
             (function, way): pool.submit(function, cluster_of_session, way)
@@ -386,15 +491,6 @@ def test_a_stop_goes_on_and_nothing_is_left(scenarios, way):
         assert run.notes.read("over", run.id) == "all steps are done"
 
 
-@pytest.mark.parametrize("function", [preempted, preempted_for_good])
-@pytest.mark.parametrize("way", SCENARIOS[preempted])
-def test_a_preemption_goes_on(scenarios, function, way):
-    run = scenarios(function, way)
-    first, second = run.records()
-    assert (second["job"] == first["job"]) == (way in {"requeue", "exit"})
-    assert only_one_at_a_time(run)
-
-
 @pytest.mark.parametrize("function", [cancelled, cancelled_and_stubborn, cancelled_without_notice])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_persons_cancel_ends_the_whole_run(scenarios, cluster, way, function):
@@ -410,8 +506,9 @@ def test_a_persons_cancel_ends_the_whole_run(scenarios, cluster, way, function):
 
 
 @over(killed)
-def test_a_killed_rank_goes_on(scenarios, way):
-    assert len(scenarios(killed, way).records()) == 2
+def test_killed_ranks_are_started_again_where_they_were(scenarios, way):
+    first, second = scenarios(killed, way).records()
+    assert (first["job"], first["restart"]) == (second["job"], second["restart"])
 
 
 @pytest.mark.parametrize("function", [failed, over_by_a_rank])
@@ -527,6 +624,15 @@ def test_a_waiting_job_is_moved_to_another_node_type(scenarios, function):
     else:
         assert run.answer == f"job {second[0]['job']} asks for a in place of job {run.id}"
         assert {r["ranks"] for r in second} == {2}
+
+
+def test_the_page_shows_what_happened(scenarios, all_at_once):
+    def cells(what):
+        if isinstance(what, str):
+            return all_at_once()[what]
+        return {way: what_came(scenarios(what, way), way) for way in SCENARIOS[what]}
+
+    table.check([(words, cells(what)) for words, what in ROWS.items()], WAYS)
 
 
 # -- with training ----------------------------------------------------------------------------------------

@@ -130,12 +130,12 @@ def test_no_accounting_service_is_needed(cluster):
     assert "accounting storage is disabled" in cluster.run("sacct", check=False)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(500)
 def test_two_nodes_and_four_ranks_through_the_time_limit_and_back(cluster, long_run):
     def over():
         return status(Path(long_run.run_dir)).to_json()["state"] in {"done", "failed", "cancelled"}
 
-    cluster.wait_for(over, 240, "the long run is done")
+    cluster.wait_for(over, 360, "the long run is done")
     found = status(Path(long_run.run_dir)).to_json()
     assert found["state"] == "done", f"{found}\n{long_run.log()}"
     attempts = found["attempts"]
