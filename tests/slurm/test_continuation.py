@@ -58,7 +58,6 @@ class Run:
                 "node_types": [{"mem_gb": 0.1, **each} for each in types],
                 "environment.variables": {"PYTHONPATH": str(ROOT)},
                 "slurm": slurm or {},
-                "budget.restarts_in_place": 0,  # what is killed here goes on in the next job
             }
         )
         command = [sys.executable, str(LINK), str(self.path), json.dumps(plan)]
