@@ -91,6 +91,18 @@ def test_kill_9_of_a_rank_restarts_in_place(cluster, rank):
     assert verify_run(run.root) == []
 
 
+def test_in_place_nothing_else_goes_on(cluster):
+    """A successor waits while the ranks are started again, and is cancelled when they are done."""
+    run = Inside(cluster, "chained", script=TRAIN, settings={"continuation": "chain"}, constraint="v100")
+    run.wait_for_progress()
+    (successor,) = (run.root / f"continuation/after-{run.job}").read_text().split()
+    os.kill(run.pid_of_rank(0), signal.SIGKILL)
+    assert run.wait_until_over() == "COMPLETED", run.log()
+    cluster.wait_state(successor, "CANCELLED", "GONE")
+    assert [attempt["job_id"] for attempt in run.status()["attempts"]] == [run.job] * 2
+    assert "in place" in run.log()
+
+
 def test_a_crash_loop_ends_when_its_budget_is_spent(cluster):
     """Killed at the first step, again and again: in place until the node is to blame, then elsewhere, then no more."""
     run = Inside(cluster, "loop", script=DIES, constraint="v100")
