@@ -8,7 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-JOBS ?= 2
+# More than cores: three of them wait for Slurm most of the time.
+JOBS ?= 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

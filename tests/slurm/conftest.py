@@ -11,8 +11,14 @@ from cluster import PrivateCluster, SlurmUnavailable
 _HERE = Path(__file__).parent
 
 
-#: These take as long as all the others, and have a cluster of their own where there are workers enough.
-_APART = {"test_continuation.py", "test_deadline.py", "test_inside.py"}
+#: Tests that share a cluster, so that each group takes about as long; the others make one more.
+_GROUPS = {
+    "test_continuation.py": "slurm-2",
+    "test_deadline.py": "slurm-2",
+    "test_arrays.py": "slurm-3",
+    "test_causes.py": "slurm-3",
+    "test_inside.py": "slurm-3",
+}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -20,8 +26,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if _HERE in item.path.parents:
             item.add_marker(pytest.mark.slurm)
-            group = "slurm-2" if item.path.name in _APART else "slurm-1"
-            item.add_marker(pytest.mark.xdist_group(group))  # one cluster, one worker
+            item.add_marker(pytest.mark.xdist_group(_GROUPS.get(item.path.name, "slurm-1")))
     # Slurm takes its time: whatever else there is to test is done meanwhile.
     items.sort(key=lambda item: _HERE not in item.path.parents)
 

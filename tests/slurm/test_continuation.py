@@ -100,7 +100,8 @@ class Run:
     def stop(self, count=1):
         """Warn the attempt, as before a time limit."""
         # For an element of an array, scancel signals it and says all the same that it is done (2021).
-        self.cluster.run("scancel", "--signal=USR2", self.wait(count)["job"], check=False)
+        job = self.wait(count)["job"]
+        self.cluster.run("timeout", "2", "scancel", "--signal=USR2", job, check=False)  # else it tries again
         self.wait(count, "signal")
 
     def hpc_resume(self, *words):
@@ -134,6 +135,7 @@ def what_came(run, way):
             assert len(run.records()) == 2
             return "waits for `hpc-resume resubmit`"
     if not rest:
+        print(run.name, "is over:", run.notes.read("over", run.id), run.log)  # noqa: T201 - shown if it is wrong
         return "over"
     assert len(rest) == 1
     if len(run.records("ended")) == len(run.records()):  # else one was killed

@@ -140,7 +140,7 @@ def test_two_nodes_and_four_ranks_through_the_time_limit_and_back(cluster, long_
     assert found["state"] == "done", f"{found}\n{long_run.log()}"
     attempts = found["attempts"]
     assert len(attempts) >= 2
-    assert {attempt["cause"] for attempt in attempts[:-1]} == {"time_limit"}
+    assert {attempt["cause"] for attempt in attempts[:-1]} == {"time_limit"}, attempts
     assert found["steps_lost"] == 0
     run = RunDirectory(Path(long_run.run_dir))
     stopped = [m for _, m in store.newest_first(run) if getattr(m, "reason", "") == "stop"]
