@@ -13,7 +13,7 @@ JOBS ?= 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test check fuzz clean
+.PHONY: help setup demo test check fuzz soak clean
 
 help:  ## Show this.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -47,6 +47,12 @@ SECONDS ?= 60
 fuzz: $(STAMP)  ## Fuzz the readers of manifests and shards for a minute, or SECONDS=N; takes atheris from PyPI.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+INTERRUPTIONS ?= 100
+MINUTES ?= 30
+
+soak: $(STAMP)  ## Interrupt ten runs on a private Slurm cluster 100 times, in every way; INTERRUPTIONS=N MINUTES=N.
+	$(BIN)/python -m tests.soak --interruptions $(INTERRUPTIONS) --minutes $(MINUTES) --json .cache/soak.json
 
 clean:  ## Remove what the targets above have made, except runs/.
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
