@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from tests.slurm.cluster import PrivateCluster
@@ -31,11 +32,14 @@ from tests.soak.interruptions import KINDS, Field, draw
 ROOT = Path(__file__).parents[2]
 #: The filesystem of the runs, which is filled up at times.
 DISK_MB = 512
-_STEPS = 400
+#: Every run is hit about once in so many steps, and by the last steps all have been.
+_STEPS_PER_HIT = 8
+_LEAST_STEPS = 200
 _STEP_S = 0.15
 _TIME_LIMIT_S = 150.0
-#: Between two interruptions of different runs.
+#: Between two interruptions, of which so many are under way together.
 _PAUSE_S = 1.0
+_AT_ONCE = 3
 _OVER = frozenset({"done", "failed", "cancelled"})
 
 
@@ -54,22 +58,25 @@ class Soak:
         Of what happens to whom.
     groups
         Which runs.
+    steps
+        Of each run.
     """
 
     def __init__(
-        self, cluster: PrivateCluster, disk: Path, *, full: bool, seed: int, groups: Sequence[str]
+        self, cluster: PrivateCluster, disk: Path, *, full: bool, seed: int, groups: Sequence[str], steps: int
     ) -> None:
         self.cluster = cluster
         self.field = Field(cluster=cluster, disk=disk if full else None, rng=random.Random(seed))
         self.fleet = Fleet(
-            disk / "runs", steps=_STEPS, step_s=_STEP_S, time_limit_s=_TIME_LIMIT_S, groups=groups
+            disk / "runs", steps=steps, step_s=_STEP_S, time_limit_s=_TIME_LIMIT_S, groups=groups
         )
         self.reference = Fleet(
-            cluster.work / "reference", steps=_STEPS, step_s=0.0, time_limit_s=3600, groups=groups
+            cluster.work / "reference", steps=steps, step_s=0.0, time_limit_s=3600, groups=groups
         )
         self.done: list[tuple[str, str]] = []
         self.committed: dict[Path, set[str]] = {}
         self._hit_at: dict[Path, int] = {}
+        self._being_hit: dict[Path, Future[None]] = {}
         self._over = threading.Event()
 
     def run(self, interruptions: int, seconds: float) -> list[str]:
@@ -80,13 +87,14 @@ class Soak:
         watcher.start()
         self.fleet.submit_all()
         deadline = time.monotonic() + seconds
-        while len(self.done) < interruptions and time.monotonic() < deadline:
-            ready = [member for member in self.fleet.members() if self._may_hit(member)]
-            if ready:
-                self._interrupt(self.field.rng.choice(ready))
-            elif all(member.status().state in _OVER for member in self.fleet.members()):
-                break
-            time.sleep(_PAUSE_S)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            while len(self.done) < interruptions and time.monotonic() < deadline:
+                ready = [member for member in self.fleet.members() if self._may_hit(member)]
+                if ready and sum(not each.done() for each in self._being_hit.values()) < _AT_ONCE:
+                    self._interrupt(self.field.rng.choice(ready), pool)
+                time.sleep(_PAUSE_S)
+        for each in self._being_hit.values():
+            each.result()
         self._wait(self.fleet, time.monotonic() + seconds / 2)
         self._over.set()
         watcher.join()
@@ -96,16 +104,18 @@ class Soak:
 
     def _may_hit(self, member: Member) -> bool:
         """Whether a run is training and has saved something since it was last interrupted."""
+        if member.run_dir in self._being_hit and not self._being_hit[member.run_dir].done():
+            return False
         if member.status().state != "running" or self.cluster.state(member.job_id) != "RUNNING":
             return False
         return member.saved_step > self._hit_at.get(member.run_dir, -1)
 
-    def _interrupt(self, member: Member) -> None:
+    def _interrupt(self, member: Member, pool: ThreadPoolExecutor) -> None:
         kind = draw(self.field)
         self._hit_at[member.run_dir] = member.saved_step
-        say(f"{len(self.done) + 1:3} {kind}: {member.name} at step {member.saved_step}")
-        KINDS[kind](self.field, member)
         self.done.append((kind, member.name))
+        say(f"{len(self.done):3} {kind}: {member.name} at step {member.saved_step}")
+        self._being_hit[member.run_dir] = pool.submit(KINDS[kind], self.field, member)
 
     def _watch(self) -> None:
         """Remember every checkpoint that is ever seen committed."""
@@ -177,7 +187,8 @@ def main() -> int:
         full = mount(disk)
         if not full:
             say("no mount namespace can be had here, so no full disks")
-        soak = Soak(cluster, disk, full=full, seed=options.seed, groups=options.groups)
+        steps = max(_LEAST_STEPS, _STEPS_PER_HIT * options.interruptions)
+        soak = Soak(cluster, disk, full=full, seed=options.seed, groups=options.groups, steps=steps)
         found = soak.run(options.interruptions, options.minutes * 60)
         if found and options.keep:
             shutil.copytree(cluster.work, options.keep, symlinks=True)

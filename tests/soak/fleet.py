@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +87,16 @@ class Fleet:
     ) -> None:
         self.folder = folder
         self.groups = tuple(groups)
+        self._lock = threading.Lock()
         self.size = sum(ELEMENTS if group == "array" else 1 for group in groups)
         self._steps, self._step_s, self._time_limit_s = steps, step_s, time_limit_s
 
     def submit(self, group: str) -> Any:
         """Submit one of the runs, or the array; what is done or alive already is left alone."""
+        with self._lock:
+            return self._submit(group)
+
+    def _submit(self, group: str) -> Any:
         settings = self._settings(group)
         steps = {"steps": self._steps, "step_s": self._step_s}
         if group == "array":

@@ -6,12 +6,14 @@ import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from hpc_resume.errors import HpcResumeError
 from tests.slurm.cluster import PrivateCluster
 
 #: A node daemon that is dead for so long counts as failed: more than the cluster's SlurmdTimeout.
@@ -51,67 +53,86 @@ class Field:
         The filesystem of the runs, if it is one of its own that may be filled up.
     rng
         Chooses ranks and nodes.
+    one_node_at_a_time
+        Held while a node is dead.
     """
 
     cluster: PrivateCluster
     disk: Path | None
     rng: random.Random
+    one_node_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
 
-def warn(field: Field, victim: Victim) -> None:
+def warn(place: Field, victim: Victim) -> None:
     """The warning signal."""
-    field.cluster.run("scancel", "--signal=USR2", victim.job_id, check=False)
+    send(place, victim, "USR2")
 
 
-def terminate(field: Field, victim: Victim) -> None:
+def terminate(place: Field, victim: Victim) -> None:
     """A bare SIGTERM to every rank, as when a step is being ended."""
-    field.cluster.run("scancel", "--signal=TERM", victim.job_id, check=False)
+    send(place, victim, "TERM")
 
 
-def preempt(field: Field, victim: Victim) -> None:
+def send(place: Field, victim: Victim, name: str) -> None:
+    """Signal every rank of a run."""
+    # For an element of an array that has others waiting, scancel signals it, says that it can't, and tries again.
+    place.cluster.run("timeout", "2", "scancel", f"--signal={name}", victim.job_id, check=False)
+
+
+def preempt(place: Field, victim: Victim) -> None:
     """A more important job takes the node."""
-    node = first_node(field, victim)
-    other = field.cluster.sbatch(
+    node = first_node(place, victim)
+    other = place.cluster.sbatch(
         "#!/bin/bash\nsleep 1\n", "-p", "high", "-w", node, "--exclusive", "-t", "1", "-o", "/dev/null"
     )
     over = {"COMPLETED", "GONE", "FAILED", "CANCELLED"}
-    field.cluster.wait_for(lambda: field.cluster.state(other) in over, _LONGEST_WAIT_S, "it was preempted")
+    place.cluster.wait_for(lambda: place.cluster.state(other) in over, _LONGEST_WAIT_S, "it was preempted")
 
 
-def requeue(field: Field, victim: Victim) -> None:
+def requeue(place: Field, victim: Victim) -> None:
     """An administrator requeues the job."""
-    field.cluster.run("scontrol", "requeue", victim.job_id, check=False)
+    place.cluster.run("scontrol", "requeue", victim.job_id, check=False)
 
 
-def cancel(field: Field, victim: Victim) -> None:
+def cancel(place: Field, victim: Victim) -> None:
     """A person cancels the job, and submits it again."""
     job_id = victim.job_id
-    field.cluster.run("scancel", job_id, check=False)
+    place.cluster.run("scancel", job_id, check=False)
     over = {"CANCELLED", "GONE", "COMPLETED", "FAILED", "TIMEOUT"}
-    field.cluster.wait_for(lambda: field.cluster.state(job_id) in over, _LONGEST_WAIT_S, "it was cancelled")
-    victim.resubmit()
+    place.cluster.wait_for(lambda: place.cluster.state(job_id) in over, _LONGEST_WAIT_S, "it was cancelled")
+    place.cluster.wait_for(lambda: resubmitted(victim), _LONGEST_WAIT_S, "it was submitted again")
 
 
-def kill_node(field: Field, victim: Victim) -> None:
+def resubmitted(victim: Victim) -> bool:
+    """Try to submit a run again; the disk may be full just now, or another run of its array still be ending."""
+    try:
+        victim.resubmit()
+    except (OSError, HpcResumeError):
+        return False
+    return True
+
+
+def kill_node(place: Field, victim: Victim) -> None:
     """The power of a node fails, and comes back later."""
-    node = first_node(field, victim)
-    field.cluster.kill_node(node)
-    time.sleep(_DEAD_S)
-    field.cluster.restore_node(node)
+    with place.one_node_at_a_time:
+        node = first_node(place, victim)
+        place.cluster.kill_node(node)
+        time.sleep(_DEAD_S)
+        place.cluster.restore_node(node)
 
 
-def kill_rank(field: Field, victim: Victim) -> None:
+def kill_rank(place: Field, victim: Victim) -> None:
     """``kill -9`` of one rank."""
     ranks = processes_of(victim.job_id)
     if ranks:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(field.rng.choice(ranks), signal.SIGKILL)
+            os.kill(place.rng.choice(ranks), signal.SIGKILL)
 
 
-def fill_disk(field: Field, victim: Victim) -> None:
+def fill_disk(place: Field, victim: Victim) -> None:
     """The disk is full for a while: for all runs."""
-    assert field.disk is not None
-    filler = field.disk / "filler"
+    assert place.disk is not None
+    filler = place.disk / "filler"
     deadline = time.monotonic() + _FULL_S
     try:
         with filler.open("ab", buffering=0) as file:
@@ -138,16 +159,16 @@ KINDS: dict[str, Callable[[Field, Victim], None]] = {
 WEIGHTS = {"node failure": 1, "full disk": 1, "preemption": 2, "cancel and resubmit": 2}
 
 
-def draw(field: Field) -> str:
+def draw(place: Field) -> str:
     """Choose a kind."""
-    names = [name for name in KINDS if name != "full disk" or field.disk is not None]
-    return field.rng.choices(names, [WEIGHTS.get(name, 3) for name in names])[0]
+    names = [name for name in KINDS if name != "full disk" or place.disk is not None]
+    return place.rng.choices(names, [WEIGHTS.get(name, 3) for name in names])[0]
 
 
-def first_node(field: Field, victim: Victim) -> str:
+def first_node(place: Field, victim: Victim) -> str:
     """Name the first node of a running job."""
-    listed = field.cluster.job(victim.job_id)["NodeList"]
-    return field.cluster.run("scontrol", "show", "hostnames", listed).split()[0]
+    listed = place.cluster.job(victim.job_id)["NodeList"]
+    return place.cluster.run("scontrol", "show", "hostnames", listed).split()[0]
 
 
 def processes_of(job_id: str) -> list[int]:
