@@ -52,6 +52,7 @@ INTERRUPTIONS ?= 100
 MINUTES ?= 30
 
 soak: $(STAMP)  ## Interrupt ten runs on a private Slurm cluster 100 times, in every way; INTERRUPTIONS=N MINUTES=N.
+	@mkdir -p .cache
 	$(BIN)/python -m tests.soak --interruptions $(INTERRUPTIONS) --minutes $(MINUTES) --json .cache/soak.json
 
 clean:  ## Remove what the targets above have made, except runs/.
