@@ -8,8 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-# More than cores: three of them wait for Slurm most of the time.
-JOBS ?= 4
+# More than cores: these wait for Slurm much of the time.
+JOBS ?= 3
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
