@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-# More than cores: these wait for Slurm much of the time.
+# More than two cores have work for: the tests wait for Slurm much of the time. With more cores, make test JOBS=8.
 JOBS ?= 3
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

@@ -15,11 +15,14 @@ from hpc_resume.errors import (
     CheckpointNotFound,
     ConfigError,
     Declined,
+    DriftError,
     FencedError,
     HpcResumeError,
     IntegrityError,
     Interrupted,
     MismatchError,
+    NonFiniteError,
+    ProbeError,
     RendezvousError,
     SaveError,
     SchedulerError,
@@ -29,6 +32,7 @@ from hpc_resume.errors import (
 )
 
 if TYPE_CHECKING:
+    from hpc_resume.branching import Fork, fork, rollback
     from hpc_resume.checkpoint.opened import Checkpoint
     from hpc_resume.config import Config
     from hpc_resume.exchange.dcpreader import DcpReader
@@ -37,7 +41,9 @@ if TYPE_CHECKING:
     from hpc_resume.launch.grid import Grid, grid
     from hpc_resume.rehearsal import rehearse
     from hpc_resume.report.rehearsal import Rehearsal
+    from hpc_resume.run.initialising import initialise
     from hpc_resume.run.run import Run
+    from hpc_resume.run.samples import sample_key
 
 __all__ = [
     "BudgetSpent",
@@ -48,13 +54,17 @@ __all__ = [
     "DcpReader",
     "DcpWriter",
     "Declined",
+    "DriftError",
     "FencedError",
+    "Fork",
     "Grid",
     "HpcResumeError",
     "IntegrityError",
     "Interrupted",
     "Job",
     "MismatchError",
+    "NonFiniteError",
+    "ProbeError",
     "Rehearsal",
     "RendezvousError",
     "Run",
@@ -65,8 +75,12 @@ __all__ = [
     "TensorNotFound",
     "UsageError",
     "__version__",
+    "fork",
     "grid",
+    "initialise",
     "rehearse",
+    "rollback",
+    "sample_key",
     "submit",
 ]
 
@@ -75,13 +89,18 @@ _LAZY = {
     "Config": "hpc_resume.config",
     "DcpReader": "hpc_resume.exchange.dcpreader",
     "DcpWriter": "hpc_resume.exchange.dcpwriter",
+    "Fork": "hpc_resume.branching",
     "Grid": "hpc_resume.launch.grid",
     "Job": "hpc_resume.job",
     "Rehearsal": "hpc_resume.report.rehearsal",
     "Run": "hpc_resume.run.run",
     "Sweep": "hpc_resume.job",
+    "fork": "hpc_resume.branching",
     "grid": "hpc_resume.launch.grid",
+    "initialise": "hpc_resume.run.initialising",
     "rehearse": "hpc_resume.rehearsal",
+    "rollback": "hpc_resume.branching",
+    "sample_key": "hpc_resume.run.samples",
     "submit": "hpc_resume.job",
 }
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     Field,
@@ -29,21 +28,24 @@ from hpc_resume.settings import (
     ArraySettings,
     BudgetSettings,
     CheckpointSettings,
+    DataSettings,
     EntrySettings,
     EnvironmentSettings,
     Lead,
     NodeType,
+    Reason,
     Seconds,
     Settings,
     SiteSettings,
     SlurmSettings,
     StopSettings,
+    ValidationSettings,
 )
-from hpc_resume.values import merge, parse_value, put, read_yaml
+from hpc_resume.values import as_meant, lay, merge, parse_setting, put, read_yaml, spell
 
 PREFIX = "HPC_RESUME_"
 #: Variables with our prefix that launchers set and that are no settings.
-WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH", "CHAIN", "REHEARSAL", "STEP"})
+WORDS = frozenset({"CONFIG", "NODE_TYPE", "JOB_STATE", "BATCH", "CHAIN", "REHEARSAL", "STEP", "SOURCE"})
 
 
 class Config(Settings):
@@ -70,13 +72,23 @@ class Config(Settings):
     continuation: Literal["requeue", "chain", "array", "exit", "login"] = "requeue"
     """How a run goes on in the next job; docs/continuing.md compares the ways."""
     allow_precision_change: bool = False
-    """A checkpoint may be continued with another ``precision`` than it was taken with."""
+    """A checkpoint may be continued with another ``precision``, or other rules for float32, than it was taken with."""
+    why: Reason | None = None
+    """Why settings are other ones than before; kept with each change in the journal."""
+    allow_config_change: Reason | None = None
+    """The reason why a run goes on with another ``seed``, global batch or order than before, which is refused else."""
+    allow_data_change: Reason | None = None
+    """Why the run goes on though its data has changed: a reason for one change, which is recorded."""
+    allow_drift: Reason | None = None
+    """Why the run may go on on software on which it would not (docs/provenance.md): ``"torch 3 gives the same loss"``."""
     slurm: SlurmSettings = SlurmSettings()
     environment: EnvironmentSettings = EnvironmentSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    validation: ValidationSettings = ValidationSettings()
     stop: StopSettings = StopSettings()
     budget: BudgetSettings = BudgetSettings()
     array: ArraySettings = ArraySettings()
+    data: DataSettings = DataSettings()
     site: SiteSettings = SiteSettings()
     entry: EntrySettings = EntrySettings()
 
@@ -87,6 +99,7 @@ class Config(Settings):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_explain(error, {})) from None
+        self._origins = dict.fromkeys(_names_set(self), "call")
 
     def __eq__(self, other: object) -> bool:
         """Compare settings, not where they come from."""
@@ -136,6 +149,7 @@ class Config(Settings):
         *,
         overrides: Mapping[str, Any] | None = None,
         environ: Mapping[str, str] | None = None,
+        given: str = "flag",
     ) -> Config:
         """Read files, environment and flags, in ascending order of precedence.
 
@@ -147,6 +161,8 @@ class Config(Settings):
             Flags: settings by dotted name (``"checkpoint.every_steps"``, ``"node_types.0.ranks"``) or nested.
         environ
             Where ``HPC_RESUME_*`` variables are looked up, ``__`` between levels; none are without it.
+        given
+            What the overrides are, for messages.
 
         Raises
         ------
@@ -159,28 +175,43 @@ class Config(Settings):
         for each in paths:
             merge(values, read_yaml(Path(each)), str(each), origins)
         for key, text in _variables(environ or {}):
-            put(values, key.lower().replace("__", "."), parse_value(text), f"variable {PREFIX}{key}", origins)
-        for key, value in (overrides or {}).items():
-            if isinstance(value, Mapping) and "." not in key:
-                merge(values, {key: dict(value)}, "flag", origins)
-            else:
-                put(values, key, value, "flag", origins)
+            put(
+                values,
+                key.lower().replace("__", "."),
+                parse_setting(text),
+                f"variable {PREFIX}{key}",
+                origins,
+            )
+        lay(values, overrides or {}, given, origins)
         config = cls.__new__(cls)
         try:
-            BaseModel.__init__(config, **values)  # keeps pydantic's error, to add the origins
+            BaseModel.__init__(config, **as_meant(values, cls))  # keeps pydantic's error, to add the origins
         except ValidationError as error:
             raise ConfigError(_explain(error, origins)) from None
         config._origins.update(origins)  # noqa: SLF001 - our own
         return config
 
     def replace(self, **changes: Any) -> Config:
-        """Make a copy with other top-level settings, checked again; origins are kept."""
-        changed = Config(**{**self.model_dump(), **changes})
-        changed._origins.update(self._origins | dict.fromkeys(changes, "call"))
+        """Make a copy with other settings, checked again; origins are kept.
+
+        They are laid over these as flags over a file: of a group that is given as a dict, what it leaves out stays;
+        one that is given as an object (``budget=BudgetSettings(…)``) takes the place of the old one.
+        """
+        values, origins = self.model_dump(exclude_unset=True), dict(self._origins)
+        lay(values, changes, "call", origins)
+        changed = Config(**values)
+        changed._origins = origins
         return changed
 
+    def named(self, name: str) -> Config:
+        """Make a copy of that name, unless the settings give the run one."""
+        return self.replace(name=name) if self.origin("name") == "default" else self
+
     def origin(self, key: str) -> str:
-        """Where a setting (dotted name) comes from: ``"flag"``, ``"variable X"``, a file, or ``"default"``."""
+        """Where a setting (dotted name) comes from.
+
+        ``"flag"``, ``"variable X"``, a file, ``"call"`` (``Config(…)`` or :meth:`replace`), or ``"default"``.
+        """
         parts = key.split(".")
         for length in range(len(parts), 0, -1):
             if (origin := self._origins.get(".".join(parts[:length]))) is not None:
@@ -193,7 +224,7 @@ class Config(Settings):
 
     def to_yaml(self) -> str:
         """Write all settings as YAML, keys sorted: the same settings give the same text."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=True)
+        return spell(self.model_dump(mode="json"), sort_keys=True)
 
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 of :meth:`to_yaml`."""
@@ -210,6 +241,16 @@ class Config(Settings):
         return path
 
 
+def _names_set(settings: BaseModel, at: str = "") -> Iterator[str]:
+    """Give the dotted names of what was given, not left to its default; a list or dict counts as one setting."""
+    for name in settings.model_fields_set:
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            yield from _names_set(value, f"{at}{name}.")
+        else:
+            yield f"{at}{name}"
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -223,6 +264,9 @@ def _variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         first = key.lower().split("__")[0]
         if first in Config.model_fields:
             yield key, environ[variable]
+        elif inside := _inside_group(key.lower(), cutoff=0.9):
+            right = PREFIX + inside.upper().replace(".", "__")
+            raise ConfigError(f"variable {variable}: no such setting; did you mean {right}?")
         elif near := difflib.get_close_matches(first, Config.model_fields, n=1, cutoff=0.75):
             right = PREFIX + near[0].upper() + key[len(first) :]
             raise ConfigError(f"variable {variable}: no such setting; did you mean {right}?")
@@ -240,17 +284,11 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
         ):
             continue  # a list "has no items" where its only item is wrong
         name = ".".join(str(part) for part in location)
-        origin = next(
-            (
-                origins[key]
-                for end in range(len(location), 0, -1)
-                if (key := ".".join(map(str, location[:end]))) in origins
-            ),
-            None,
-        )
+        origin = _origin_of(name, origins)
         if problem["type"] == "extra_forbidden":
             known = _names_at(location[:-1])
-            near = difflib.get_close_matches(str(location[-1]), known, n=1)
+            inside = _inside_group(str(location[-1]), cutoff=0.6) if len(location) == 1 else None
+            near = [inside] if inside else difflib.get_close_matches(str(location[-1]), known, n=1)
             what = f"no such setting; did you mean {near[0]}?" if near else "no such setting"
             what += f" Here are: {', '.join(known)}" if not near else ""
         else:
@@ -266,6 +304,26 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     if len(lines) == 1:
         return lines[0]
     return f"{len(lines)} settings are wrong:\n  " + "\n  ".join(lines)
+
+
+def _origin_of(name: str, origins: Mapping[str, str]) -> str | None:
+    """Where a wrong setting comes from; of a group that is wrong as a whole, where anything in it does."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if (origin := origins.get(".".join(parts[:end]))) is not None:
+            return origin
+    return next((origin for key, origin in origins.items() if key.startswith(f"{name}.")), None)
+
+
+def _inside_group(name: str, *, cutoff: float) -> str | None:
+    """Give the dotted name of a setting that was written with ``_`` after its group's: ``checkpoint_every_s``."""
+    for group, field in Config.model_fields.items():
+        kind = field.annotation
+        if name.startswith(f"{group}_") and isinstance(kind, type) and issubclass(kind, BaseModel):
+            inner = name.removeprefix(f"{group}_").lstrip("_")
+            near = difflib.get_close_matches(inner, kind.model_fields, n=1, cutoff=cutoff)
+            return f"{group}.{near[0]}" if near else None
+    return None
 
 
 def _names_at(location: Sequence[str | int]) -> list[str]:

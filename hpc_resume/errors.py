@@ -8,9 +8,12 @@
     │   ├── StateError      TypeError       2   an object in the tracked state can't be stored
     │   ├── MismatchError                   2   the checkpoint does not fit what is tracked now
     │   ├── Declined                        2   not on these nodes or ranks; another node type may do
+    │   ├── DriftError                      2   not on this software: what comes out would be another training
     │   └── TensorNotFound  KeyError        2   the checkpoint has no tensor of this name
     ├── CheckpointNotFound  FileNotFoundError 3 nothing to restore
     ├── IntegrityError                      4   bytes on disk are not the bytes that were committed
+    ├── NonFiniteError      ArithmeticError 1   what is trained has become NaN or Inf
+    ├── ProbeError          RuntimeError    1   a probe gives something else than before the save
     ├── SaveError           OSError         1   a checkpoint could not be written
     ├── FencedError                         1   a later attempt owns the run
     ├── SchedulerError      RuntimeError    1   a scheduler command failed
@@ -61,6 +64,10 @@ class Declined(UsageError):  # noqa: N818 - reads as what happened
     """These nodes or this number of ranks can't go on with the run; another of its node types may."""
 
 
+class DriftError(UsageError):
+    """The run would go on on other software than it began on, and nobody has said why it may."""
+
+
 class TensorNotFound(UsageError, KeyError):  # noqa: N818 - reads as what happened
     """The checkpoint has no tensor of this name."""
 
@@ -77,6 +84,14 @@ class IntegrityError(HpcResumeError):
     """Bytes on disk are not the bytes that were committed."""
 
     exit_code = EXIT_CORRUPT
+
+
+class NonFiniteError(HpcResumeError, ArithmeticError):
+    """What is trained has become NaN or Inf; older checkpoints are whole."""
+
+
+class ProbeError(HpcResumeError, RuntimeError):
+    """After a restore a probe gives something else than before the save, whichever checkpoint is taken."""
 
 
 class SaveError(HpcResumeError, OSError):

@@ -29,15 +29,37 @@ _PASSING = frozenset(
 )
 
 
+#: Of those, what a damaged medium answers, too, and then it stays.
+_DOUBTFUL = frozenset({errno.EIO, errno.EREMOTEIO})
+#: What this process or its node has too little of, whichever file it opens.
+_LACKING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
 def may_pass(error: BaseException | None) -> bool:
     """Whether an error, or one that it was raised from, is a filesystem's and may be gone another time."""
+    return any(isinstance(each, OSError) and each.errno in _PASSING for each in _causes(error))
+
+
+def obstacle(error: BaseException | None) -> OSError | MemoryError | None:
+    """Give what kept a file from being read that may well be whole; None if an error speaks of the file itself."""
+    for each in _causes(error):
+        if isinstance(each, MemoryError) or (isinstance(each, OSError) and each.errno in _PASSING | _LACKING):
+            return each
+    return None
+
+
+def may_be_damage(error: OSError | MemoryError) -> bool:
+    """Whether an obstacle may also be a medium that is damaged."""
+    return isinstance(error, OSError) and error.errno in _DOUBTFUL
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Give an error, and what it was raised from."""
     for _ in range(10):
         if error is None:
-            return False
-        if isinstance(error, OSError) and error.errno in _PASSING:
-            return True
+            return
+        yield error
         error = error.__cause__
-    return False
 
 
 class Filesystem:

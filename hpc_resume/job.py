@@ -11,8 +11,9 @@ from typing import Any, overload
 
 from hpc_resume.config import Config
 from hpc_resume.errors import CheckpointNotFound, SchedulerError, UsageError
+from hpc_resume.launch.chain import OVER
 from hpc_resume.launch.handle import (
-    OVER,
+    LOCAL_POLL_S,
     JobHandle,
     cancel_elements,
     find_jobs,
@@ -27,10 +28,6 @@ from hpc_resume.report.status import RunStatus, status
 from hpc_resume.report.sweeps import ElementStatus, JobWord, read_element, sweep_table
 from hpc_resume.report.tables import Table, status_table
 from hpc_resume.sweepdir import SweepDirectory
-
-#: How often Slurm is asked about an array that is waited for; each time it is one question.
-_SLURM_POLL_S = 10.0
-_LOCAL_POLL_S = 0.2
 
 _Target = Callable[..., Any] | str | Sequence[str]
 _Settings = Config | Mapping[str, Any] | str | Path | Sequence[str | Path] | None
@@ -89,7 +86,7 @@ def submit(
         If something is missing or contradicts itself, or the job of a single run is still alive; nothing has
         been written then.
     SchedulerError
-        If the scheduler refuses.
+        If the scheduler refuses, or does not say whether a job of this run is still alive.
     """
     if runs is None:
         return Job(submit_run(target, config=config, run_dir=run_dir, **kwargs))
@@ -155,6 +152,11 @@ class Job:
     def state(self) -> str:
         """Slurm's word for how the job is: ``PENDING``, ``RUNNING``, ``COMPLETED`` …; ``LOST`` if it was killed."""
         return self._handle.state()
+
+    @property
+    def poll_s(self) -> float:
+        """Seconds between two looks at :attr:`state`, if you wait for it: Slurm is asked each time."""
+        return self._handle.poll_s
 
     @property
     def checkpoints(self) -> list[CheckpointSummary]:
@@ -327,7 +329,7 @@ class Sweep:
             If they are not over after ``timeout_s``; they go on.
         """
         jobs = self._jobs()
-        local = all(job.scheduler == "local" for job in jobs.values())
+        poll_s = max((job.poll_s for job in jobs.values()), default=LOCAL_POLL_S)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             try:
@@ -341,7 +343,7 @@ class Sweep:
                     f"{len(alive)} of {len(self)} runs are not over after {timeout_s:g} s; they go on: "
                     f"hpc-resume status {self.folder}"
                 )
-            time.sleep(_LOCAL_POLL_S if local else _SLURM_POLL_S)
+            time.sleep(poll_s)
 
     def cancel(self) -> None:
         """End the jobs of all runs for good, those that wait too; ranks may save first."""

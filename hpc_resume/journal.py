@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hpc_resume import log
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import append_whole
 from hpc_resume.untrusted import read_regular
@@ -73,7 +73,7 @@ class Journal:
                 os.fsync(self._fd)
         except OSError as error:
             if not self._kept:
-                sys.stderr.write(f"hpc_resume: {self.path}: can't be written ({error}); trying again later\n")
+                log.say(f"{self.path}: can't be written ({error}); trying again later")
             self._kept = data if len(data) < _KEPT_BYTES else self._kept
 
     def close(self) -> None:

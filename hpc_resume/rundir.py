@@ -5,17 +5,24 @@
     RUN_DIR/
       run.json                     identity, written once
       configs/DIGEST.yaml          every resolved configuration that was ever used
+      data/DIGEST.json             every snapshot of data that was ever trained or validated on
+      sources/                     the source that was run: DIGEST.zip, DIGEST.json, and DIGEST/ if jobs run from it
       attempts/0003/               one per allocation
         attempt.json  events.jsonl  metrics-rank-00000.jsonl  rank-00007.log
         staging/0000012000/        a checkpoint that is being written; moved away when committed
       checkpoints/0000012000-3f9a1c2e/   manifest.json, rank-00000-of-00004.h5: committed, immutable
       quarantine/                  what failed verification, kept with the reason
+      rollbacks/0001.json          which checkpoints a person has set aside, and why
+      lineage.json                 of a fork: which run it comes from, and at which step
       pruned/                      a note of each checkpoint that was deleted on purpose
+      probe/DIGEST.safetensors     the batch that run.probe works on
+      trackers/                    of experiment trackers: TensorBoard's events, ids of others
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -32,6 +39,9 @@ from hpc_resume.untrusted import brief, check_nesting, parse_json, read_regular
 SCHEMA = 1
 #: A longer run.json is none.
 _LONGEST_IDENTITY_BYTES = 1 << 20
+_SEALED_LINE = re.compile(
+    rb'\{"schema": ([1-9][0-9]{0,8}), "digest": "([0-9a-f]{32})", "seal": "([0-9a-f]{32})",\n'
+)
 _ATTEMPT = re.compile(r"[0-9]{4,18}")
 _CHECKPOINT = re.compile(r"([0-9]{10,20})-([0-9a-f]{8})")
 
@@ -74,9 +84,29 @@ class RunDirectory:
         return self.root / "configs"
 
     @property
+    def data(self) -> Path:
+        """Folder of data snapshots; in ``cache/`` below it, hashes of files that need not be read again."""
+        return self.root / "data"
+
+    @property
+    def sources(self) -> Path:
+        """Folder of the sources that were run."""
+        return self.root / "sources"
+
+    @property
     def pruned(self) -> Path:
         """Folder of what was deleted on purpose: a note of each, and what is just being removed."""
         return self.root / "pruned"
+
+    @property
+    def probe(self) -> Path:
+        """Folder of the batch that a probe works on."""
+        return self.root / "probe"
+
+    @property
+    def trackers(self) -> Path:
+        """Folder of what experiment trackers keep of the run."""
+        return self.root / "trackers"
 
     def attempt(self, number: int) -> Path:
         """Folder of one attempt."""
@@ -155,8 +185,7 @@ class RunDirectory:
             check_nesting(identity, 8)
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointNotFound(
-                f"{self.root}: no run directory (there is no run.json in it); "
-                "give the folder that was passed as run_dir, or list one: ls runs/"
+                f"{self.root}: no run directory (there is no run.json in it); {_meant(self.root)}"
             ) from None
         except ValueError as error:
             raise IntegrityError(f"{self.identity_path}: damaged ({error!s:.200})") from error
@@ -200,6 +229,47 @@ def sealed(record: JsonObject) -> bytes:
     return json.dumps({**record, "digest": digest(record)}, indent=1).encode()
 
 
+def seal_lines(schema: int, name: str, rest: bytes) -> bytes:
+    """Give a record of many lines as the bytes of its file: the first line holds a digest of all of it.
+
+    Parameters
+    ----------
+    schema
+        Version of what the lines mean.
+    name
+        32 hex digits that say what it is.
+    rest
+        All other lines: the fields of a JSON object, and the brace that closes it.
+    """
+    return b'{"schema": %d, "digest": "%s", "seal": "%s",\n%s' % (
+        schema,
+        name.encode(),
+        _seal(name.encode(), rest),
+        rest,
+    )
+
+
+def unseal_lines(data: bytes) -> tuple[int, str, bytes]:
+    """Read :func:`seal_lines`: schema, name, and the other lines.
+
+    Raises
+    ------
+    ValueError
+        If it is not what was written.
+    """
+    match = _SEALED_LINE.match(data)
+    if match is None:
+        raise ValueError("its first line is no seal")
+    rest = data[match.end() :]
+    if match[3] != _seal(match[2], rest):
+        raise ValueError("its seal differs")
+    return int(match[1]), match[2].decode(), rest
+
+
+def _seal(name: bytes, rest: bytes) -> bytes:
+    return hashlib.sha256(name + b"\n" + rest).hexdigest()[:32].encode()
+
+
 def checkpoint_name(step: int, content_id: str) -> str:
     """Name of a checkpoint's folder: the step, then the first eight digits of the content id."""
     return f"{step:010d}-{content_id[:8]}"
@@ -222,3 +292,14 @@ def checkpoint_step(name: str) -> int:
     if match is None:
         raise ValueError(f"{name!r} is no checkpoint name (step, dash, eight hex digits)")
     return int(match[1])
+
+
+def _meant(root: Path) -> str:
+    """Say which run a person may have meant by a folder that is none."""
+    inside = sorted(path.parent for path in root.glob("*/run.json"))
+    if inside:
+        return f"there are runs below it: give one, such as {inside[0]}"
+    beside = [path.parent.name for path in root.parent.glob("*/run.json")]
+    if near := difflib.get_close_matches(root.name, beside, n=1):
+        return f"did you mean {root.parent / near[0]}?"
+    return "give the folder that was passed as run_dir, or list one: ls runs/"

@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    model_validator,
+)
+
+from hpc_resume.values import AnyWritten
 
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
@@ -32,6 +42,7 @@ Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 Lead = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Precision = Literal["bf16", "fp16", "fp32"]
+Reason = Annotated[str, Field(min_length=3)]
 
 
 class Settings(BaseModel):
@@ -74,12 +85,20 @@ class NodeType(Settings):
     grace_s: Lead = 30.0
     """Embedded scheduler: from the notice of a preemption to the end."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_in_shape(cls, values: Any) -> Any:
+    def _fill_in_shape(cls, values: Any, handler: ModelWrapValidatorHandler[NodeType]) -> NodeType:
         """Derive ``ranks`` from the shape, or ``tasks_per_node`` from ``ranks``."""
         if not isinstance(values, Mapping):
-            return values
+            return handler(values)
+        filled = cls._filled_in(values)
+        made = handler(filled)
+        # What follows from the rest follows anew when the rest is replaced.
+        made.model_fields_set.difference_update(filled.keys() - values.keys())
+        return made
+
+    @staticmethod
+    def _filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
         filled = dict(values)
         try:
             nodes, ranks = int(filled.get("nodes", 1)), int(filled.get("ranks", 0))
@@ -156,7 +175,7 @@ class SlurmSettings(Settings):
     """Submit with ``--requeue``; off where PreemptMode=CANCEL makes it pointless."""
     array_elements: Annotated[int, Field(ge=2)] = 20
     """With ``continuation: array``: the most attempts that one submission gives."""
-    additional_parameters: dict[str, Any] = Field(default_factory=dict)
+    additional_parameters: dict[str, AnyWritten] = Field(default_factory=dict)
     """Any other ``#SBATCH`` line, as name: value, without the dashes."""
     srun_args: tuple[str, ...] = ()
     container: ContainerSettings = ContainerSettings()
@@ -177,6 +196,8 @@ class EnvironmentSettings(Settings):
     python: str | None = None
     """Interpreter of the job; without it the activated environment's, else the one that submits."""
     variables: dict[str, str] = Field(default_factory=dict)
+    source: Literal["snapshot", "live"] = "snapshot"
+    """What a submitted job runs: the code as it was submitted, or as it is when an attempt begins."""
 
     @property
     def interpreter(self) -> str | None:
@@ -201,6 +222,38 @@ class CheckpointSettings(Settings):
     """How many older checkpoints one may refer to for bytes that have not changed; 0: each one is whole."""
     dead_after_s: Seconds = 30.0
     """A rank whose part of the last save comes this long after another's counts as dead: others write it."""
+
+
+Tolerance = Annotated[float, Field(gt=0, lt=1)]
+
+
+class ToleranceSettings(Settings):
+    """Relative difference that a probe's values may have on other hardware, by what was computed in."""
+
+    fp64: Tolerance = 1e-12
+    fp32: Tolerance = 2e-5
+    tf32: Tolerance = 2e-3
+    fp16: Tolerance = 2e-3
+    bf16: Tolerance = 2e-2
+
+
+class ValidationSettings(Settings):
+    """How a state is looked at when it is saved, and again when it has been restored."""
+
+    probe: Literal["every_save", "stop", "never"] = "every_save"
+    """Before which saves ``run.probe``'s function runs; ``stop``: before the last one of an attempt alone."""
+    mismatch: Literal["refuse", "tell"] = "refuse"
+    """A probe that gives something else after the restore: try older checkpoints, or only say so and go on."""
+    tolerance: ToleranceSettings = ToleranceSettings()
+    nonfinite: Literal["hold_back", "stop", "ignore"] = "hold_back"
+    """NaN or Inf in parameters or optimizers' state: keep the checkpoint, but resume from older ones; end the run
+    at once; or resume from it all the same."""
+    nonfinite_in_a_row: Count | None = 3
+    """With ``hold_back``, so many such checkpoints in a row end the run; none: never."""
+    norm_factor: Annotated[float, Field(gt=1)] | None = 4.0
+    """A module's norm that differs by more than this factor from the last few checkpoints' is told; none: never."""
+    norm_jump: Literal["tell", "hold_back"] = "tell"
+    """``hold_back``: such a checkpoint is not resumed from."""
 
 
 class StopSettings(Settings):
@@ -236,6 +289,46 @@ class BudgetSettings(Settings):
     longest_backoff_s: Lead = 1800.0
     restarts_in_place: Annotated[int, Field(ge=0)] = 2
     """Crashed ranks are started again in the same allocation so often in a row without a new checkpoint."""
+
+
+def _off(value: object) -> object:
+    """Take what YAML makes of a plain ``off`` for the word."""
+    return "off" if value is False else value
+
+
+Paths = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
+
+
+class DataSettings(Settings):
+    """What a run trains on, so that a change in it is seen before the first step; see docs/data-snapshot.md."""
+
+    paths: Paths = ()
+    """Folders and files that are trained on; ``$VARIABLES`` are filled in on the node."""
+    validation: Paths = ()
+    """Those that are validated on: a change is told, and stops nothing."""
+    preprocessing: str | None = None
+    """A version of what is done with the data before the model sees it; it changes when the result does."""
+    check: Annotated[Literal["contents", "sizes", "off"], BeforeValidator(_off)] = "contents"
+    """What is compared: every byte (what is known from before is not read again), names and sizes, or nothing."""
+    inside: bool = True
+    """HDF5 files are looked into, to tell which dataset in them has changed; that reads them twice."""
+    ignore: tuple[str, ...] = (".nfs*", "__pycache__", ".DS_Store", "cache-*.arrow")
+    """Patterns of names of files and folders that do not count."""
+    threads: Count = 8
+    """How many files rank 0 reads at once."""
+
+    def anchored(self, folder: Path) -> DataSettings:
+        """Let relative paths begin at a folder, wherever the script will run; what begins with $ or ~ stays."""
+        names = ("paths", "validation")
+        found = {
+            name: tuple(
+                path if path.startswith(("$", "~")) else str(folder / path) for path in getattr(self, name)
+            )
+            for name in names
+        }
+        return self.model_copy(update=found)
 
 
 class SiteSettings(Settings):

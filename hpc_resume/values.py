@@ -6,10 +6,13 @@ import copy
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel
 
 from hpc_resume.errors import ConfigError
 
@@ -30,16 +33,133 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text ``1e-3``, which the loader would read as a number."""
+
+
 # YAML 1.1, which PyYAML follows, calls a number without a dot but with an exponent a string.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789")
-)
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789")
+    )
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_DATE = "tag:yaml.org,2002:timestamp"
+
+
+def _value(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """Leave ``1:30:00`` a string: YAML 1.1 calls it a number to the base of 60, of any length."""
+    if node.tag in _NUMBERS and ":" in node.value:
+        return node.value
+    try:
+        return yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+    except ValueError:
+        return node.value  # it looks like a number or a date, but is none: 0x_, 2024-13-01
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A value of YAML that is no text, beside the text that stands there: which is meant, the setting's type says.
+
+    Parameters
+    ----------
+    value
+        As YAML reads it: ``00123`` is 83.
+    text
+        As it is spelled.
+    """
+
+    value: Any
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+#: The type of what becomes text in the end, but may be a bool: a number is kept if it would be spelled as it was.
+AnyWritten = Annotated[Any, Written]
+
+
+class _SettingsLoader(_Loader):
+    """Gives numbers, bools and dates as :class:`Written`."""
+
+
+def _written(loader: _SettingsLoader, node: yaml.ScalarNode) -> Any:
+    value = _Loader.yaml_constructors[node.tag](loader, node)
+    return value if isinstance(value, str) else Written(value, node.value)
+
+
+for _tag in (*_NUMBERS, _DATE):
+    _Loader.add_constructor(_tag, _value)
+for _tag in (*_NUMBERS, _DATE, "tag:yaml.org,2002:bool"):
+    _SettingsLoader.add_constructor(_tag, _written)
+
+
+def as_meant(value: Any, kind: Any) -> Any:
+    """Choose, for every :class:`Written` in a value, between value and text.
+
+    Parameters
+    ----------
+    value
+        What :func:`read_yaml` and :func:`parse_setting` give, and any other value, which is left as it is.
+    kind
+        The type that is wanted: a group of settings, or a field's annotation.
+    """
+    kind, origin = _bare(kind)
+    if isinstance(value, Written):
+        while origin is tuple:  # one in place of a list, which only some settings take
+            kind, origin = _bare(get_args(kind)[0])
+        if kind is str:
+            return value.text
+        if kind == AnyWritten and not isinstance(value.value, bool):
+            as_spelled = isinstance(value.value, (int, float)) and str(value.value) == value.text
+            return value.value if as_spelled else value.text
+        return value.value
+    group = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    if isinstance(value, dict):
+        if group is not None:
+            fields = group.model_fields
+            names = {as_meant(key, str): each for key, each in value.items()}
+            return {
+                name: as_meant(each, fields[name].annotation if name in fields else Any)
+                for name, each in names.items()
+            }
+        of_keys, of_values = get_args(kind) if origin is dict else (Any, Any)
+        return {as_meant(key, of_keys): as_meant(each, of_values) for key, each in value.items()}
+    if type(value) in {list, tuple, set}:
+        # A list in place of a group is one of words.
+        of_items = get_args(kind)[0] if origin is tuple else str if group is not None else Any
+        return type(value)(as_meant(each, of_items) for each in value)
+    return value
+
+
+def _bare(kind: Any) -> tuple[Any, Any]:
+    """Take off what a type says besides what is meant: that there may be none, and what the value must be like."""
+    origin = get_origin(kind)
+    if origin in {Union, UnionType}:
+        some = [each for each in get_args(kind) if each is not NoneType]
+        return _bare(some[0]) if len(some) == 1 else (Any, None)
+    return _bare(get_args(kind)[0]) if origin is Annotated and kind != AnyWritten else (kind, origin)
+
+
+def spell(value: Any, **style: Any) -> str:
+    """Write a value as YAML that is read back as that value; ``style`` is that of :func:`yaml.dump`."""
+    return str(yaml.dump(value, Dumper=_Dumper, **style))
 
 
 def parse_value(text: str) -> Any:
     """Read the right side of ``key=value`` as YAML; what is no YAML is text."""
+    return _parse(text, _Loader)
+
+
+def parse_setting(text: str) -> Any:
+    """Read the same where it is a setting: with :class:`Written` in it, for :func:`as_meant`."""
+    return _parse(text, _SettingsLoader)
+
+
+def _parse(text: str, loader: type[_Loader]) -> Any:
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         return text
     if isinstance(value, dict) and not text.lstrip().startswith("{"):
@@ -75,7 +195,7 @@ def parse_assignments(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a file of settings.
+    """Read a file of settings, with :class:`Written` in it, for :func:`as_meant`.
 
     Raises
     ------
@@ -91,7 +211,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read as a configuration file: {error}") from error
     try:
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        values = yaml.load(text, Loader=_SettingsLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: no valid YAML: {error}") from None
     if values is None:
@@ -103,13 +223,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def lay(values: dict[str, Any], over: Mapping[str, Any], origin: str, origins: dict[str, str]) -> None:
+    """Lay settings over ``values``, each by its dotted name, or group by group: what a group leaves out stays."""
+    for key, value in over.items():
+        if isinstance(value, Mapping) and "." not in key:
+            merge(values, {key: value}, origin, origins)
+        else:
+            put(values, key, value, origin, origins)
+
+
 def merge(
     into: dict[str, Any], values: Mapping[Any, Any], origin: str, origins: dict[str, str], at: str = ""
 ) -> None:
     """Lay ``values`` over ``into``, level by level, and note in ``origins`` where each came from."""
     for key, value in values.items():
         name = f"{at}{key}"
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+        if isinstance(value, Mapping) and (value or isinstance(into.get(key), dict)):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
+                origins.pop(name, None)
+            # What a group leaves out has its default, and does not come from here.
             merge(into[key], value, origin, origins, f"{name}.")
             continue
         into[key] = copy.deepcopy(value)  # later values are laid over it in place
@@ -128,7 +261,10 @@ def put(values: dict[str, Any], dotted: str, value: Any, origin: str, origins: d
             continue
         if part == "node_types" and depth == 0:
             here.setdefault(part, [{}])  # the default has one node type, whose fields can be set
-        here = here.setdefault(part, {})
+        here.setdefault(part, {})
+        if isinstance(here[part], tuple):  # as settings hold a list
+            here[part] = list(here[part])
+        here = here[part]
         if not isinstance(here, (dict, list)):
             raise ConfigError(f"{origin}: {dotted}: {'.'.join(parents[: depth + 1])} is a single value")
     if isinstance(here, list):

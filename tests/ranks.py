@@ -15,7 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "h5py", "hpc_resume.run.run"]
+#: Dynamo, too, which every optimizer imports: else each rank would, and that is most of its time.
+_PRELOAD = [
+    "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "h5py", "hpc_resume.run.run",
+]  # fmt: skip
 
 
 def _context():
@@ -135,7 +138,7 @@ class Attempt:
             with contextlib.suppress(ProcessLookupError):  # it may have left just now
                 os.kill(self.processes[rank].pid, number)
 
-    def wait(self, timeout_s: float = 60) -> list[int]:
+    def wait(self, timeout_s: float = 180) -> list[int]:
         """Wait for the ranks; returns their exit codes."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
@@ -146,11 +149,11 @@ class Attempt:
                 raise AssertionError(f"rank still runs after {timeout_s} s; log:\n{self.log.read_text()}")
         return [process.exitcode for process in self.processes]
 
-    def wait_for_step(self, step: int, timeout_s: float = 60) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 180) -> None:
         """Wait until rank 0 has completed some steps, as a file that the training function writes says."""
         self.wait_until(lambda: steps_done(self.run_dir) >= step, timeout_s)
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 180) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"in vain; log:\n{self.log.read_text()}"

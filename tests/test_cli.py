@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -10,9 +11,10 @@ from click.testing import CliRunner
 
 from hpc_resume import cli
 from hpc_resume.checkpoint.verify import Finding
+from hpc_resume.cli.jobs import _follow
 from hpc_resume.job import Job, Sweep
 from hpc_resume.journal import write_line
-from hpc_resume.launch.handle import find_jobs
+from hpc_resume.launch.handle import JobHandle, find_jobs
 from hpc_resume.rundir import RunDirectory, sealed
 
 REPOSITORY = Path(__file__).parents[1]
@@ -90,6 +92,19 @@ def test_a_file_is_no_run_directory(tmp_path, verb):
     shown = call(verb, tmp_path / "train.py")
     assert (shown.exit_code, shown.stdout) == (3, "")
     assert "no run directory" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("runs", "there are runs below it: give one, such as {}/runs/gpt"),
+        ("runs/gtp", "did you mean {}/runs/gpt?"),
+    ],
+)
+def test_a_folder_beside_a_run_is_told_from_it(tmp_path, finished, given, words):
+    shown = call("ls", tmp_path / given)
+    assert shown.exit_code == 3
+    assert words.format(tmp_path) in shown.stderr
 
 
 def test_explain_is_text_or_json(finished):
@@ -187,6 +202,21 @@ def test_a_flag_beats_the_file(here):
     assert "every_s: 5.0" in stored
 
 
+def test_settings_of_text_are_as_they_are_written_and_arguments_as_yaml_reads_them(here, monkeypatch):
+    monkeypatch.setenv("HPC_RESUME_SLURM__QOS", "1_2")
+    words = ["-o", "slurm.account=00123", "-o", "name=2024_01", "-o", "seed=1_0"]
+    settings = json.loads(call("config", *words, "--json").stdout)
+    taken = [settings[name] for name in ("slurm.account", "slurm.qos", "name", "seed")]
+    assert taken == ["00123", "1_2", "2024_01", 10]
+    done = call("submit", "gpt.py:train", *words, "--set", "lr=1_0", "--wait")
+    assert done.exit_code == 0, done.output
+    given = Job.of("runs/2024_01").result()
+    assert (type(given), given) == (int, 10)
+    stored = next((here / "runs" / "2024_01" / "configs").iterdir()).read_text()
+    assert "account: '00123'" in stored
+    assert "lr: 10\n" in stored
+
+
 def test_cancel_ends_a_job_and_says_how_it_was(here):
     call("submit", "gpt.py:train", "--set", f"until={here / 'never'}")
     job = Job.of("runs/gpt")
@@ -195,6 +225,59 @@ def test_cancel_ends_a_job_and_says_how_it_was(here):
     assert shown.stderr in {f"job {job.id} was {state}; cancelled\n" for state in ("PENDING", "RUNNING")}
     assert job.wait(60) == "CANCELLED"
     assert f"job {job.id} is CANCELLED already" in call("cancel", "runs/gpt").stderr
+
+
+def test_whoever_waits_asks_slurm_seldom(finished, monkeypatch):
+    states, sleeps = iter(["PENDING", "RUNNING", "COMPLETED"]), []
+    monkeypatch.setattr(JobHandle, "state", lambda _: next(states))
+    monkeypatch.setattr("time.sleep", sleeps.append)
+    job = JobHandle(job_id="12", scheduler="slurm", run_dir=finished, what="", config="", submitted=1.0)
+    assert _follow(Job(job)) == "COMPLETED"
+    assert sleeps == [10.0, 10.0]
+
+
+@pytest.mark.parametrize("verb", ["status", "cancel", "resubmit"])
+def test_a_run_of_somebody_else_is_one_message(finished, monkeypatch, verb):
+    path = str(finished / "a file")
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    # Where an ordinary user is refused first; the tests may be run by root, who may do everything.
+    monkeypatch.setattr(RunDirectory, "attempt_numbers", refuse)
+    shown = call(verb, finished)
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert shown.stderr.startswith(f"hpc-resume: {path}: Permission denied; ")
+    assert f"namei -l '{path}'" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "a file: No space left on device; make room there",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", b"/x"), "/x: Read-only file system; do this on"),
+        (OSError(errno.EINVAL, "Invalid argument"), None),  # a mistake of ours: its traceback is wanted
+        (PermissionError(errno.EPERM, "Operation not permitted"), None),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), ""),  # whoever read it has seen enough
+    ],
+)
+def test_what_a_filesystem_refuses_is_one_message(finished, monkeypatch, error, words):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(RunDirectory, "attempt_numbers", refuse)
+    shown = call("status", finished)
+    assert shown.exit_code == 1
+    assert (shown.exception is error) == (words is None)
+    assert shown.stderr.startswith(f"hpc-resume: {words}") if words else shown.stderr == ""
+
+
+def test_a_watch_looks_at_intervals_that_there_are(finished):
+    shown = call("resubmit", finished, "--watch", "--every", "-1")
+    assert (shown.exit_code, "-1.0 is not in the range" in shown.stderr) == (2, True)
 
 
 def test_a_grid_is_an_array_of_runs(here):
@@ -281,6 +364,19 @@ def test_script_prints_a_script_and_nothing_else(here):
     assert call("script").exit_code == 2
 
 
+def test_the_script_of_a_site_file_runs_the_code_as_it_is(here):
+    (here / "train.py").write_text("print(1)\n")
+    site = str(
+        REPOSITORY / "configs" / "mycluster.yaml"
+    )  # says things of the environment, and not its source
+    shown = call("script", "-c", site, "--", "python", "train.py")
+    assert (shown.exit_code, "python train.py" in shown.stdout) == (0, True)
+    assert not (here / "runs").exists()
+    kept = call("script", "-c", site, "-o", "environment.source=snapshot", "--", "python", "train.py")
+    assert (kept.exit_code, "python train.py" in kept.stdout) == (0, False)
+    assert list((here / "runs" / "train" / "sources").glob("*.zip"))
+
+
 def test_every_verb_says_what_it_does():
     names = set(cli.main.commands)
     assert names >= {"submit", "script", "status", "ls", "verify", "show", "prune", "cancel"}
@@ -304,7 +400,7 @@ def loaded(code: str, run: Path, cwd: Path) -> list[str]:
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-c", f"{PRELUDE}\n{code}\n{HEAVY}", str(run)],
-        env=environ, cwd=cwd, capture_output=True, text=True, check=True, timeout=60,
+        env=environ, cwd=cwd, capture_output=True, text=True, check=True, timeout=180,
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1].replace("'", '"'))
 

@@ -1,5 +1,7 @@
+import datetime as dt
 import re
 from pathlib import Path
+from types import NoneType
 
 import pytest
 import yaml
@@ -7,8 +9,8 @@ import yaml
 from hpc_resume.config import Config
 from hpc_resume.errors import ConfigError
 from hpc_resume.rundir import RunDirectory
-from hpc_resume.settings import NodeType
-from hpc_resume.values import parse_assignments, parse_value
+from hpc_resume.settings import CheckpointSettings, NodeType, StopSettings
+from hpc_resume.values import parse_assignments, parse_setting, parse_value
 
 
 def write(path: Path, text: str) -> Path:
@@ -33,6 +35,7 @@ def test_flag_beats_variable_beats_later_file_beats_earlier_file_beats_default(t
     assert config.origin("seed") == "flag"
     assert config.origin("checkpoint.every_steps") == "variable HPC_RESUME_CHECKPOINT__EVERY_STEPS"
     assert config.origin("checkpoint.threads") == str(site)
+    assert config.origin("checkpoint.direct") == "default"  # no file says it, though both have its group
     assert config.origin("stop.agreement_s") == "default"
     assert Config.load([site, run]).seed == 2
     assert Config.load([run, site]).seed == 1
@@ -56,6 +59,7 @@ def test_overriding_does_not_touch_what_was_given():
     [
         ({"nam": "x"}, ["nam", "did you mean name?"]),
         ({"checkpoint": {"evry_steps": 3}}, ["checkpoint.evry_steps", "did you mean every_steps?"]),
+        ({"checkpoint_every_s": 3}, ["checkpoint_every_s", "did you mean checkpoint.every_s?"]),
         ({"node_types": [{}, {"rank": 3}]}, ["node_types.1.rank", "did you mean ranks?"]),
         ({"stop": {"qqqq": 3}}, ["stop.qqqq", "Here are: agreement_s, watchdog_s"]),
         ({"node_types": [{"ranks": 0}]}, ["node_types.0.ranks", "greater than or equal to 1", "0"]),
@@ -89,7 +93,15 @@ def test_every_problem_is_listed_once_with_its_origin(tmp_path):
     assert "flag: checkpoint.threads" in message
 
 
+def test_a_group_that_is_wrong_as_a_whole_is_named_with_its_file(tmp_path):
+    path = write(tmp_path / "a.yaml", "slurm: {container: {args: [--nv]}}\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: slurm\.container: mounts and args belong to an image"):
+        Config.load(path)
+
+
 def test_a_nearly_right_variable_is_refused_and_foreign_ones_are_not_ours():
+    with pytest.raises(ConfigError, match="did you mean HPC_RESUME_CHECKPOINT__EVERY_STEPS"):
+        Config.load(environ={"HPC_RESUME_CHECKPOINT_EVERY_STEPS": "3"})
     with pytest.raises(ConfigError, match="did you mean HPC_RESUME_CHECKPOINT__EVERY_STEPS"):
         Config.load(environ={"HPC_RESUME_CHEKPOINT__EVERY_STEPS": "3"})
     foreign = {"HPC_RESUME_JOB_STATE": "x", "HPC_RESUME_CONFIG": "y", "HPC_RESUME_BENCH": "1", "HOME": "/"}
@@ -166,10 +178,147 @@ def test_replace_checks_again_and_remembers():
         config.replace(time_limit_s=1)
 
 
+def test_what_was_given_in_the_call_comes_from_there_even_if_it_is_the_default():
+    config = Config(name="run", checkpoint={"every_s": 60}, stop=StopSettings(agreement_s=1), node_types=[{}])
+    given = ("name", "checkpoint.every_s", "stop.agreement_s", "node_types.0.ranks")
+    assert {config.origin(key) for key in given} == {"call"}
+    assert {config.origin(key) for key in ("seed", "checkpoint.threads", "stop.watchdog_s")} == {"default"}
+    changed = config.replace(checkpoint={"threads": 3})
+    assert {changed.origin(key) for key in (*given, "checkpoint.threads")} == {"call"}
+    assert {changed.origin(key) for key in ("seed", "checkpoint.direct", "budget")} == {"default"}
+
+
+def test_a_name_is_filled_in_only_where_none_was_given():
+    assert Config().named("a").name == Config(seed=1).named("a").name == "a"
+    assert Config(name="run").named("a").name == "run"
+    assert Config.load(overrides={"name": "run"}).named("a").name == "run"
+    assert Config().named("a").named("b").name == "a"
+
+
+def test_replace_leaves_the_rest_of_a_group_as_a_flag_over_a_file_does(tmp_path):
+    path = write(
+        tmp_path / "a.yaml",
+        "checkpoint: {longest_chain: 0, every_s: 60}\nnode_types: [{ranks: 8, name: a}]\n"
+        "environment: {modules: [gcc, cuda], variables: {A: x}}\n",
+    )
+    changes = {
+        "checkpoint": {"every_steps": 5},
+        "node_types.0.ranks": 3,
+        "environment": {"variables": {"B": "y"}},
+        "environment.modules.1": "rocm",
+        "slurm.account": "lab",
+    }
+    over_the_file = Config.load(path, overrides=changes)
+    config = Config(**yaml.safe_load(path.read_text()))
+    before = config.model_dump()
+    assert config.replace(**changes) == Config.load(path).replace(**changes) == over_the_file
+    assert config.model_dump() == before
+    checkpoint = over_the_file.checkpoint
+    assert (checkpoint.longest_chain, checkpoint.every_s, checkpoint.every_steps) == (0, 60, 5)
+    assert over_the_file.environment.variables == {"A": "x", "B": "y"}
+    assert over_the_file.environment.modules == ("gcc", "rocm")
+    assert (over_the_file.node_types[0].name, over_the_file.node_types[0].tasks_per_node) == ("a", 3)
+
+
+def test_a_group_as_an_object_takes_the_place_of_the_old_one():
+    config = Config(checkpoint={"longest_chain": 0}).replace(checkpoint=CheckpointSettings(every_steps=5))
+    assert config == Config(checkpoint={"every_steps": 5})
+
+
+#: What YAML takes for a number, a bool or a date.
+SPELLINGS = [
+    "00123", "2024_01", "1e3", "1_2", "0x10", "0b11", "1.10", "+5", "on", "no", "True", "2024-01-01", "2024-13-01",
+    "0x_", "1:30:00",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
+def test_a_text_is_what_was_written(tmp_path, text):
+    path = write(
+        tmp_path / "a.yaml",
+        f"run_dir: {text} # a remark\n"
+        f"slurm: {{account: {text}, srun_args: [{text}], container: [{text}]}}\n"
+        f"node_types: [{{partition: {text}}}]\n"
+        f"environment: {{variables: {{TAG: {text}, {text}: '1'}}}}\n"
+        f"data: {{paths: {text}}}\n",
+    )
+    config = Config.load(
+        path,
+        overrides={"slurm.qos": parse_setting(text), "environment.modules": parse_setting(f"[{text}]")},
+        environ={"HPC_RESUME_SLURM__NODELIST": text},
+    )
+    slurm, environment = config.slurm, config.environment
+    assert (config.run_dir, config.node_types[0].partition) == (text, text)
+    assert (slurm.account, slurm.srun_args, slurm.container.words) == (text, (text,), (text,))
+    assert (slurm.qos, slurm.nodelist) == (text, text)
+    assert (environment.variables, environment.modules) == ({"TAG": text, text: "1"}, (text,))
+    assert config.data.paths == (text,)
+    assert Config.load(config.store(tmp_path)) == config
+
+
+def test_numbers_bools_and_arguments_are_what_yaml_says(tmp_path):
+    path = write(
+        tmp_path / "a.yaml",
+        "seed: 1_000\ncheckpoint: {direct: off, every_s: 1e3, threads: 0x10}\n"
+        "data: {check: off}\nslurm: {account: null, requeue: no}\nnode_types: [{ranks: 8, nodes: 2}]\n"
+        "entry: {kwargs: {steps: 10_000, lr: [1e-3], on: {day: 2024-01-01, flag: yes}}}\n",
+    )
+    config = Config.load(path)
+    assert (config.seed, config.data.check, config.slurm.account, config.slurm.requeue) == (
+        1000, "off", None, False,
+    )  # fmt: skip
+    checkpoint = config.checkpoint
+    assert (checkpoint.direct, checkpoint.every_s, checkpoint.threads) == (False, 1000, 16)
+    assert config.node_types[0].tasks_per_node == 4
+    assert config.entry.kwargs == {
+        "steps": 10_000, "lr": [1e-3], "on": {"day": dt.date(2024, 1, 1), "flag": True},
+    }  # fmt: skip
+    assert kinds(config.model_dump()) <= {str, int, float, bool, NoneType, dt.date}
+
+
+def kinds(value):
+    inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    return set().union(*map(kinds, inner)) if isinstance(value, (dict, list, tuple)) else {type(value)}
+
+
+def test_a_parameter_of_sbatch_is_what_was_written_but_a_bool_and_a_plain_number():
+    text = "{account: 007, begin: 2024-01-01, nice: 5, gres: 1e3, exclusive: on, hold: no, x: null}"
+    given = Config.load(overrides={"slurm.additional_parameters": parse_setting(text)})
+    assert given.slurm.additional_parameters == {
+        "account": "007", "begin": "2024-01-01", "nice": 5, "gres": "1e3", "exclusive": True, "hold": False, "x": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "text", "words"),
+    [
+        ("seed", "on1", "but is 'on1'"),
+        ("checkpoint.threads", "0x0", "but is 0"),
+        ("scheduler", "off", "but is False"),
+        ("environment.modules", "1_0", "list, but is '1_0'"),
+        ("slurm.account.x", "1", "is a single value"),
+    ],
+)
+def test_what_is_wrong_is_shown_as_it_was_taken(setting, text, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Config.load(overrides={"slurm.account": parse_setting("1"), setting: parse_setting(text)})
+
+
+def test_text_in_arguments_stays_text_when_it_is_stored(tmp_path):
+    config = Config(entry={"kwargs": {"tag": "1e3", "other": "010", "lr": 1e-7}})
+    loaded = Config.load(config.store(tmp_path))
+    assert loaded.entry.kwargs == config.entry.kwargs
+    assert loaded.digest() == config.digest()
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
         ("1e-3", 1e-3),
+        ("10_000", 10_000),
+        ("on", True),
+        ("0x_", "0x_"),
+        ("2024-13-01", "2024-13-01"),
         ("3E5", 3e5),
         ("3", 3),
         ("[1, 2]", [1, 2]),
@@ -250,3 +399,41 @@ def test_node_types_say_micro_batch_and_precision():
 def test_a_change_of_precision_is_not_allowed_by_default():
     assert not Config().allow_precision_change
     assert Config.load(environ={"HPC_RESUME_ALLOW_PRECISION_CHANGE": "true"}).allow_precision_change
+
+
+def test_paths_of_data_begin_where_the_run_is_submitted():
+    config = Config(data={"paths": ["images", "/abs", "$TMPDIR/x", "~/y"], "validation": "val.csv"})
+    found = config.data.anchored(Path("/here"))
+    assert found.paths == ("/here/images", "/abs", "$TMPDIR/x", "~/y")
+    assert found.validation == ("/here/val.csv",)
+    assert found.anchored(Path("/there")) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("24:00:00", 86400), ("90:00", 5400), ("1-12:00:00", 129600), ("1e3", 1000)]
+)
+def test_times_in_files_and_flags_are_read_as_slurm_reads_them(tmp_path, text, seconds):
+    path = write(tmp_path / "run.yaml", f"time_limit_s: {text}\n")
+    assert Config.load(path).time_limit_s == seconds
+    assert Config.load(overrides={"time_limit_s": parse_value(text)}).time_limit_s == seconds
+
+
+def test_a_time_that_slurm_does_not_know_is_no_number(tmp_path):
+    path = write(tmp_path / "run.yaml", "time_limit_s: 1:00:00:00\n")  # 60 hours to the base of 60
+    with pytest.raises(ConfigError, match=r"time_limit_s: .*'1:00:00:00'"):
+        Config.load(path)
+
+
+def test_validation_has_its_settings():
+    config = Config(validation={"nonfinite": "stop", "tolerance": {"bf16": 0.1}, "norm_factor": None})
+    assert (config.validation.nonfinite, config.validation.tolerance.bf16) == ("stop", 0.1)
+    assert config.validation.tolerance.fp32 == Config().validation.tolerance.fp32
+    assert config.validation.norm_factor is None
+    for wrong in (
+        {"nonfinite": "never"},
+        {"norm_factor": 1},
+        {"tolerance": {"fp32": 0}},
+        {"nonfinite_in_a_row": 0},
+    ):
+        with pytest.raises(ConfigError, match=r"validation\."):
+            Config(validation=wrong)

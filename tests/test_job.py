@@ -144,6 +144,7 @@ def test_no_more_than_at_once_run_at_the_same_time(here):
     sweep = submit(train, grid(seed=range(3)), config={"name": "gpt"}, lr=1, until=str(here / "go"))
     while (states := list(sweep.states().values())) != ["RUNNING", "PENDING", "PENDING"]:
         assert states == ["PENDING"] * 3
+        time.sleep(0.05)
     (here / "go").touch()
     assert set(sweep.wait(100).values()) == {"COMPLETED"}
     records = [job._handle.submitit_job().paths.result_pickle.stat().st_mtime for job in sweep]
@@ -153,7 +154,7 @@ def test_no_more_than_at_once_run_at_the_same_time(here):
 def train_element(seed, gates):
     from tests.run.training import train_slowly
 
-    train_slowly(seed, gates, 500)
+    train_slowly(seed, gates, 100)
 
 
 def test_a_run_of_an_array_is_preempted_and_goes_on_by_itself(here):
@@ -171,7 +172,7 @@ def test_a_run_of_an_array_is_preempted_and_goes_on_by_itself(here):
         (here / seed).touch()
     assert set(sweep.wait(100).values()) == {"COMPLETED"}
     found = Sweep(sweep.folder).status()
-    assert [(each.state, each.step, each.attempts) for each in found] == [("done", 500, 2), ("done", 500, 1)]
+    assert [(each.state, each.step, each.attempts) for each in found] == [("done", 100, 2), ("done", 100, 1)]
     first = sweep[0].status().attempts[0]
     assert (first.cause, first.steps_lost) == ("preemption", 0)
     assert sweep.table().columns == ("seed", "state", "step", "attempts", "job", "loss")

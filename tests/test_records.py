@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from hpc_resume.config import Config
-from hpc_resume.records import check_records
+from hpc_resume.provenance.datasnapshot import DataSnapshot, FileEntry
+from hpc_resume.records import check_records, data_path
 from hpc_resume.run.attempt import begin_attempt
 from hpc_resume.run.metrics import Metrics
 from hpc_resume.rundir import RunDirectory
@@ -19,6 +20,9 @@ def written(tmp_path_factory):
     """A run of two attempts, as ranks write it."""
     run = RunDirectory(tmp_path_factory.mktemp("written") / "run")
     environment = JobEnvironment.detect({}, hostname="here", pid=1)
+    snapshot = DataSnapshot(files={"a.txt": FileEntry(size_bytes=3, digest="5f" * 16)})
+    run.data.mkdir(parents=True)
+    data_path(run, snapshot.digest).write_bytes(snapshot.to_bytes())
     for seed in (0, 1):
         facts, journal = begin_attempt(
             run, environment, NoScheduler(), Config(name="run", seed=seed), nodes=["here"], clock=lambda: 1.5
@@ -47,7 +51,7 @@ def test_what_ranks_write_is_whole(run):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["run.json", "configs/*.yaml", "attempts/0001/attempt.json", "attempts/0002/*.jsonl"],
+    ["run.json", "configs/*.yaml", "data/*.json", "attempts/0001/attempt.json", "attempts/0002/*.jsonl"],
 )
 def test_any_changed_byte_is_found(run, pattern):
     paths = sorted(run.root.glob(pattern))

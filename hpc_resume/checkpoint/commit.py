@@ -29,7 +29,8 @@ from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from hpc_resume.checkpoint.receipt import Receipt, to_manifest
 from hpc_resume.errors import FencedError, IntegrityError, SaveError
-from hpc_resume.files import DISK, Filesystem
+from hpc_resume.files import DISK, Filesystem, obstacle
+from hpc_resume.rollbacks import active_names
 from hpc_resume.rundir import RunDirectory, checkpoint_step
 
 STAGING = "staging"
@@ -114,7 +115,9 @@ def _names(folder: Path, fs: Filesystem) -> list[str]:
 
 
 @paused_collector()
-def finish_commit(run: RunDirectory, folder: Path, *, take_over: bool = False, fs: Filesystem = DISK) -> str:
+def finish_commit(
+    run: RunDirectory, folder: Path, *, take_over: bool = False, fs: Filesystem = DISK
+) -> Manifest:
     """Turn a staged checkpoint into a committed one.
 
     Parameters
@@ -128,8 +131,8 @@ def finish_commit(run: RunDirectory, folder: Path, *, take_over: bool = False, f
 
     Returns
     -------
-    str
-        Name of the committed checkpoint.
+    Manifest
+        Of the committed checkpoint.
 
     Raises
     ------
@@ -142,12 +145,13 @@ def finish_commit(run: RunDirectory, folder: Path, *, take_over: bool = False, f
     with _sealed(folder, fs, take_over=take_over) as sealed:
         chosen = [_present(sealed, candidates) for candidates in receipts]
         manifest = to_manifest(chosen, parent_of(run, chosen[0].header.step))
-        return _publish(run, folder, sealed, manifest, fs)
+        _publish(run, folder, sealed, manifest, fs)
+        return manifest
 
 
 def parent_of(run: RunDirectory, step: int) -> str | None:
-    """Name of the newest committed checkpoint before a step."""
-    parents = [name for name in run.checkpoint_names() if checkpoint_step(name) < step]
+    """Name of the newest committed checkpoint before a step, those aside that a rollback has set aside."""
+    parents = [name for name in active_names(run) if checkpoint_step(name) < step]
     return parents[-1] if parents else None
 
 
@@ -199,7 +203,9 @@ def _publish(run: RunDirectory, folder: Path, sealed: Path, manifest: Manifest, 
     except OSError:
         if not target.exists():
             raise
-        read_manifest(target)  # it has been renamed after all: the name holds the content id
+        # It has been renamed after all; its name holds no more than a part of the content id.
+        if read_manifest(target).content_id != manifest.content_id:
+            raise IntegrityError(f"{target}: is there already, with another content") from None
     make_durable(run, manifest.name, fs)
     return manifest.name
 
@@ -276,14 +282,14 @@ def _some(ranks: list[int]) -> str:
 
 
 def committed_by(run: RunDirectory, attempt: int, step: int) -> str | None:
-    """Name of the checkpoint that an attempt has committed for a step."""
+    """Name of the checkpoint that an attempt of this run, not of one that it was forked from, has committed."""
     for name in run.checkpoint_names():
         if checkpoint_step(name) == step:
             try:
                 manifest = read_manifest(run.checkpoints / name)
             except IntegrityError:
                 continue
-            if manifest.attempt == attempt:
+            if manifest.attempt == attempt and manifest.run_id == run.identity()["run_id"]:
                 return name
     return None
 
@@ -309,9 +315,11 @@ def finish_earlier_commits(run: RunDirectory, *, fs: Filesystem = DISK) -> tuple
             if name is not None or not shards:
                 fs.remove_tree(folder)  # what a commit, or a rank that came too late for one, has left
                 continue
-            committed.append(finish_commit(run, folder, take_over=True, fs=fs))
+            committed.append(finish_commit(run, folder, take_over=True, fs=fs).name)
         except (IntegrityError, FileNotFoundError) as error:
             refused.append(str(error))
+            if obstacle(error) is not None:
+                continue  # the next attempt may be able to read it
             with contextlib.suppress(OSError):
                 fs.write_file(folder / _REFUSED, f"{error}\n".encode())
         except OSError as error:
@@ -323,6 +331,11 @@ def finish_earlier_commits(run: RunDirectory, *, fs: Filesystem = DISK) -> tuple
     return committed, refused
 
 
+def unsettled(run: RunDirectory, *, fs: Filesystem = DISK) -> list[Path]:
+    """Folders of staged checkpoints of fenced attempts of which it is not known yet whether they are committed."""
+    return [folder for _, folder in _unfinished(run, fs) if not (folder / _REFUSED).exists()]
+
+
 def staged_step(name: str) -> int:
     """Step of a staged checkpoint, from its folder's name."""
     match = _STAGED.match(name)
@@ -331,7 +344,13 @@ def staged_step(name: str) -> int:
 
 
 def awaited_by_unfinished(run: RunDirectory, *, fs: Filesystem = DISK) -> set[str]:
-    """Names of the checkpoints in which bytes of staged ones lie: those may still be committed."""
+    """Names of the checkpoints in which bytes of staged ones lie: those may still be committed.
+
+    Raises
+    ------
+    IntegrityError
+        If a receipt can't be read for a reason that is not its own.
+    """
     names: set[str] = set()
     folders = [folder for _, folder in _unfinished(run, fs)]
     for attempt in run.attempt_numbers():
@@ -340,8 +359,11 @@ def awaited_by_unfinished(run: RunDirectory, *, fs: Filesystem = DISK) -> set[st
     for folder in folders:
         with contextlib.suppress(OSError):
             for name in _receipt_names(folder, fs):
-                with contextlib.suppress(IntegrityError):
+                try:
                     names.update(Receipt.read(folder / RECEIPTS / name).refers)
+                except IntegrityError as error:
+                    if obstacle(error) is not None:
+                        raise
     return names
 
 

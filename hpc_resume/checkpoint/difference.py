@@ -11,7 +11,7 @@ import torch
 
 from hpc_resume.checkpoint import objects
 from hpc_resume.checkpoint.opened import Checkpoint
-from hpc_resume.checkpoint.state import RANKS
+from hpc_resume.checkpoint.plan import RANKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ def tensor_differences(
 
 def _generators(checkpoint: Checkpoint, rank: int) -> dict[str, torch.Tensor]:
     own = checkpoint.reader.private(rank, f"{RANKS}/{rank:05d}/")
-    return {name: tensor for name, tensor in own.items() if name.startswith("rng/")}
+    return {name: tensor for name, tensor in own.items() if name.startswith(("rng/", "streams/"))}
 
 
 def _compare(name: str, one: torch.Tensor, two: torch.Tensor) -> TensorDifference | None:

@@ -31,6 +31,27 @@ ITEM_BYTES: dict[str, int] = {
     "complex128": 16,
 }
 
+#: Element types by the names of the safetensors format.
+#: Source: https://github.com/huggingface/safetensors#format.
+SAFETENSORS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+
 
 def item_bytes(dtype: str) -> int:
     """Bytes of one element.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ import torch
 from hpc_resume.checkpoint import dtypes, objects, optimizers
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.leaves import flatten
+from hpc_resume.checkpoint.placement import box_of
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
-from hpc_resume.errors import IntegrityError, MismatchError
+from hpc_resume.errors import Declined, IntegrityError, MismatchError
 
 #: Under which name a tensor is stored, and the tensor to read it into.
 Target = tuple[str, torch.Tensor]
@@ -59,6 +60,35 @@ def alike(one: str, other: str, box: Box, reader: CheckpointReader) -> bool:
     return torch.equal(*(part.reshape(-1).view(torch.uint8) for part in parts))
 
 
+def ask(items: Mapping[str, Any], tree: Any, reader: CheckpointReader) -> None:
+    """Let objects that have a method ``check_state`` refuse what was saved of them, before anything is loaded.
+
+    Parameters
+    ----------
+    items
+        What is tracked, by name, but for modules.
+    tree
+        The saved non-tensor state; ``check_state`` sees None in place of tensors.
+
+    Raises
+    ------
+    Declined, IntegrityError
+        If one of them says so.
+    MismatchError
+        If one of them raises anything else.
+    """
+    for key, item in items.items():
+        check = getattr(item, "check_state", None)
+        if not (callable(check) and isinstance(tree, dict) and key in tree):
+            continue
+        state = objects.decode(tree[key], lambda _tag, _name: None)
+        try:
+            check(state)
+        except Exception as error:
+            kind = type(error) if isinstance(error, Declined | IntegrityError) else MismatchError
+            raise kind(f"{reader.folder}: {key}: {error!s:.1000}") from error
+
+
 def key_problems(tracked: set[str], saved: set[str]) -> list[str]:
     """List the keys that are only tracked, or only saved."""
     return [f"{key}: tracked now, not in the checkpoint" for key in tracked - saved] + [
@@ -101,7 +131,7 @@ def check_names(names: Mapping[str, str], earlier: Mapping[str, Any], reader: Ch
 def module_targets(
     have: Mapping[str, torch.Tensor],
     names: Mapping[str, str],
-    box_of: Callable[[str, torch.Tensor], Box],
+    rank: int,
     reader: CheckpointReader,
     targets: dict[str, Target],
 ) -> list[str]:
@@ -111,7 +141,7 @@ def module_targets(
     both = {name: stored for name, stored in names.items() if name in have}
     misfits = [p for name, stored in both.items() for p in shape_problems(name, have[name], stored, reader)]
     for first, other in () if misfits else tied(both, have):
-        if not alike(both[first], both[other], box_of(first, have[first]), reader):
+        if not alike(both[first], both[other], box_of(first, have[first], rank), reader):
             misfits.append(f"{first}, {other}: one tensor in the model, two that differ in the checkpoint")
         both[other] = both[first]
     targets.update({name: (stored, have[name]) for name, stored in both.items()})

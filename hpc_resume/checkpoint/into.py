@@ -20,7 +20,7 @@ from hpc_resume.checkpoint import dtypes, objects
 from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.leaves import flatten
 from hpc_resume.checkpoint.names import escape
-from hpc_resume.checkpoint.placement import layout_of, local_of
+from hpc_resume.checkpoint.placement import fill, is_seen_through, layout_of, local_of
 from hpc_resume.checkpoint.reader import Wanted
 from hpc_resume.errors import MismatchError
 
@@ -118,6 +118,7 @@ def _torn_ties(
 def _fill(ckpt: Checkpoint, targets: Mapping[str, torch.Tensor], stored: Mapping[str, str]) -> None:
     """Read into tensors, each of them once."""
     wanted: dict[Any, Wanted] = {}
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, tensor in targets.items():
         local = local_of(tensor)
         if not local.numel():
@@ -130,8 +131,12 @@ def _fill(ckpt: Checkpoint, targets: Mapping[str, torch.Tensor], stored: Mapping
             assert group is not None
             box = layout.box(tensor.shape, group)
         wanted[stored[name], local.data_ptr()] = Wanted(stored[name], box, local)
+        if is_seen_through(tensor):
+            copies.append((tensor, local))
     with torch.no_grad():
         ckpt.reader.read_all(wanted.values())
+        for tensor, local in copies:
+            fill(tensor, local)
 
 
 def _hand_over(

@@ -56,9 +56,9 @@ class _Namer:
             (name,) = self._claim(["/".join(map(escape, path))])
             stored = self._take(name, value)
             return {"$tensor": name} if stored is name else {objects.SAME_TAG: [name, stored]}
-        if isinstance(value, np.ndarray) and not value.dtype.hasobject and value.dtype.kind in "biufc":
+        if type(value) in _ARRAYS and not value.dtype.hasobject and value.dtype.kind in "biufc":
             (name,) = self._claim(["/".join(map(escape, path))])
-            self.leaves[name] = torch.from_numpy(np.ascontiguousarray(value))
+            self.leaves[name] = _as_tensor(name, value)
             _check(name, self.leaves[name])
             return {"$ndarray": name}
         return None
@@ -102,6 +102,15 @@ class _Namer:
         return name
 
 
+def _as_tensor(name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))  # which made (1,) of ()
+    except (TypeError, ValueError) as error:
+        raise StateError(
+            f"{name}: an array of type {array.dtype.str!r} can't be stored; convert it: array.astype(…) ({error!s:.100})"
+        ) from None
+
+
 def _check(name: str, tensor: torch.Tensor) -> None:
     """Refuse a tensor whose bytes are not simply its values."""
     if type(tensor) not in _PLAIN_TYPES:
@@ -115,10 +124,15 @@ def _check(name: str, tensor: torch.Tensor) -> None:
         raise StateError(f"{name}: a tensor of layout {tensor.layout} can't be stored")
     if tensor.is_meta:
         raise StateError(f"{name}: a tensor on the meta device has no values to store")
-    dtypes.name_of(tensor.dtype)
+    try:
+        dtypes.name_of(tensor.dtype)
+    except StateError as error:
+        raise StateError(f"{name}: {error}") from None
 
 
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+#: Of others, such as masked arrays, the values are not all.
+_ARRAYS = frozenset({np.ndarray, np.memmap})
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -139,7 +153,9 @@ def _memory_of(tensor: torch.Tensor) -> Any:
         return None
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     spread = tensor.placements if isinstance(tensor, DTensor) else None
-    return _address(tensor), local.dtype, local.shape, local.stride(), local.device, tensor.shape, spread
+    seen_through = local.is_conj(), local.is_neg()
+    place = _address(tensor), local.dtype, local.shape, local.stride(), local.device
+    return *place, seen_through, tensor.shape, spread
 
 
 def leaf(tag: str, tensor: torch.Tensor) -> Any:

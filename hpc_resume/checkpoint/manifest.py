@@ -14,13 +14,14 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hpc_resume.checkpoint.collector import paused_collector
 from hpc_resume.checkpoint.fields import listed, maybe_string, pair, shown, time_s
+from hpc_resume.checkpoint.health import Health
 from hpc_resume.checkpoint.index import CHECKSUM_BYTES, SHARD_FILE, shard_file
 from hpc_resume.checkpoint.structure import (
     Structure,
@@ -156,6 +157,8 @@ class Manifest:
     node_type, config, environment, costs
         Where it was written, with which resolved configuration, in which environment; measured seconds and
         bytes.
+    health
+        Whether the state is one to go on from, as far as that was looked at.
     """
 
     run_id: str
@@ -178,6 +181,7 @@ class Manifest:
     config: str | None
     environment: JsonObject
     costs: JsonObject
+    health: Health = field(default_factory=Health)
 
     def __post_init__(self) -> None:
         if self.step < 0 or self.samples < 0 or self.attempt < 0 or self.world_size < 1:
@@ -206,6 +210,8 @@ class Manifest:
             raise IntegrityError(f"it was written at {self.created}")
         if not all(0 <= rank < self.world_size for rank in (*self.differing_ranks, *self.missing_ranks)):
             raise IntegrityError("it speaks of ranks that there are not")
+        if self.health.probe is not None and len(self.health.probe.values) not in {1, self.world_size}:
+            raise IntegrityError("its probe speaks of ranks that there are not")
 
     @cached_property
     def _bytes(self) -> tuple[bytes, str]:
@@ -223,6 +229,16 @@ class Manifest:
     def name(self) -> str:
         """Name of the checkpoint's folder."""
         return checkpoint_name(self.step, self.content_id)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a run is resumed from it unasked: it holds everything, and what it holds is finite."""
+        return self.content == FULL and not self.health.poisoned
+
+    @property
+    def held_back(self) -> str:
+        """Why it is not resumed from unasked; empty if it is."""
+        return self.note if self.content != FULL else self.health.told
 
     @property
     def tensors(self) -> Mapping[str, TensorRecord]:
@@ -269,6 +285,7 @@ class Manifest:
             "config": self.config,
             "environment": self.environment,
             "costs": self.costs,
+            **({"health": health} if (health := self.health.to_json()) else {}),
             "shards": [shard.to_json() for shard in self.shards],
         }
 
@@ -330,6 +347,7 @@ class Manifest:
             config=maybe_string(record["config"]),
             environment=shown(record["environment"]),
             costs=shown(record["costs"]),
+            health=Health.from_json(record.get("health", {})),
         )
 
 
@@ -355,6 +373,7 @@ def read_manifest(folder: Path) -> Manifest:
             )
         manifest = Manifest.from_bytes(read_regular(path, longest_bytes=MAX_BYTES, follow=False))
     except OSError as error:
+        error.filename = str(path)  # reading does not know it; see files.obstacle
         raise IntegrityError(f"{path}: can't be read ({error.strerror})") from error
     except IntegrityError as error:
         raise IntegrityError(f"{path}: {error}") from error

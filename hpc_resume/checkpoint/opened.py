@@ -16,7 +16,7 @@ from hpc_resume.checkpoint.into import Loaded, load_into
 from hpc_resume.checkpoint.manifest import FULL, MANIFEST, Manifest, read_manifest
 from hpc_resume.checkpoint.reader import CheckpointReader, Wanted, tensor_like
 from hpc_resume.checkpoint.saved import any_leaf
-from hpc_resume.checkpoint.store import newest_first
+from hpc_resume.checkpoint.store import all_newest_first, newest_first
 from hpc_resume.checkpoint.structure import TensorRecord
 from hpc_resume.errors import CheckpointNotFound, IntegrityError, MismatchError, TensorNotFound, UsageError
 from hpc_resume.rundir import RunDirectory, checkpoint_step, is_checkpoint_name
@@ -32,7 +32,8 @@ class Checkpoint:
     path
         A run's folder, or the folder of one checkpoint in it.
     step
-        Which checkpoint of the run; by default the newest one that holds everything that was tracked.
+        Which checkpoint of the run; by default the newest one that holds everything that was tracked, and
+        nothing in it that a run could not go on from (NaN).
     threads
         That read.
 
@@ -317,13 +318,14 @@ def _find(path: Path, step: int | None) -> tuple[Path, Manifest]:
         )
     there: list[str] = []
     damaged: IntegrityError | None = None
-    for name, manifest in newest_first(run):
+    for name, manifest in newest_first(run) if step is None else all_newest_first(run):
         if step is not None and checkpoint_step(name) != step:
             there.append(str(checkpoint_step(name)))
         elif isinstance(manifest, IntegrityError):
             damaged = damaged or manifest
-        elif step is None and manifest.content != FULL:
-            there.append(f"{manifest.step} (only the {manifest.content})")
+        elif step is None and not manifest.resumable:
+            why = f"only the {manifest.content}" if manifest.content != FULL else "not finite"
+            there.append(f"{manifest.step} ({why})")
         elif damaged is not None:
             raise IntegrityError(
                 f"{damaged}; the next older whole one is step {manifest.step}: ask for it with step={manifest.step}"

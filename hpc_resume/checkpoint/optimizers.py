@@ -23,6 +23,7 @@ from hpc_resume.checkpoint import dtypes
 from hpc_resume.checkpoint.names import escape
 from hpc_resume.checkpoint.placement import needs_closure
 from hpc_resume.checkpoint.structure import TensorRecord
+from hpc_resume.errors import StateError
 
 
 @contextlib.contextmanager
@@ -38,6 +39,27 @@ def _left_alone(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
     finally:
         smallest.grad = None
+
+
+def check(key: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse state that belongs to no parameter.
+
+    Parameters
+    ----------
+    key, optimizer
+        What is tracked.
+
+    Raises
+    ------
+    StateError
+        If there is some: it has no name.
+    """
+    stray = [name for name in optimizer.state if not isinstance(name, torch.Tensor)]
+    if stray:
+        raise StateError(
+            f"{key}: optimizer.state[{stray[0]!r:.100}] belongs to no parameter and can't be stored by name; keep it "
+            "in the parameter groups, or in a dict that is tracked, too"
+        )
 
 
 def state_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -58,7 +80,21 @@ def state_to_fill(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     """Take the state, or let PyTorch make it, so that there are tensors to read into."""
     if needs_closure(optimizer):  # it can't be stepped blindly
         return state_of(module, optimizer)
-    return get_optimizer_state_dict(module, optimizer)
+    stateless = not optimizer.state
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    try:
+        return get_optimizer_state_dict(module, optimizer)
+    except Exception:
+        if not stateless:
+            raise
+    # Stepped with a rate and dense gradients of zero, which not every one takes (SparseAdam): undo that.
+    optimizer.state.clear()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if rate is not None:
+            group["lr"] = rate
+        for parameter in group["params"]:
+            parameter.grad = None
+    return state_of(module, optimizer)
 
 
 def load_state(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -71,10 +107,19 @@ def load_state(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state:
             optimizer.state[parameter] = saved
         own = optimizer.state.get(parameter, {})
         for key, value in saved.items():
-            loaded = own.get(key)
-            # Cast to the type of the parameter, which is not what every optimizer has chosen.
-            if key != "step" and isinstance(loaded, torch.Tensor) and loaded.dtype != value.dtype:
-                own[key] = value.to(loaded.device)
+            if key != "step" and key in own:
+                own[key] = _of_its_own_type(value, own[key])
+
+
+def _of_its_own_type(saved: Any, loaded: Any) -> Any:
+    """Undo that PyTorch has cast state to the type of its parameter, which is not what every optimizer has chosen."""
+    if isinstance(saved, torch.Tensor) and isinstance(loaded, torch.Tensor):
+        return loaded if saved.dtype == loaded.dtype else saved.to(loaded.device)
+    if isinstance(saved, dict) and isinstance(loaded, dict):
+        return {name: _of_its_own_type(value, loaded[name]) for name, value in saved.items()}
+    if isinstance(saved, list | tuple) and isinstance(loaded, list | tuple):
+        return type(saved)(map(_of_its_own_type, saved, loaded))
+    return loaded
 
 
 def parameters_of(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from hpc_resume.checkpoint.boxes import Box
 from hpc_resume.checkpoint.layout import Layout
 from hpc_resume.errors import StateError
 
@@ -94,13 +95,56 @@ def _ranks(mesh: torch.Tensor) -> tuple[int, ...]:
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this rank holds of a tensor, as plain values."""
+    """Return what this rank holds of a tensor, as plain values: its own memory, unless :func:`is_seen_through`."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if local.requires_grad:
         local = local.detach()
     if local.is_conj() or local.is_neg():
         return local.resolve_conj().resolve_neg()
     return local
+
+
+def is_seen_through(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is the conjugate, or the negative, of what is in its memory: a lazy view of PyTorch's."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.is_conj() or local.is_neg()
+
+
+def fill(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Set what this rank holds of a tensor, whatever its memory is to it."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local.detach().copy_(values)
+
+
+def box_of(name: str, tensor: torch.Tensor, rank: int) -> Box:
+    """Say which part of a tensor a rank holds; see :func:`layout_of`."""
+    if not isinstance(tensor, DTensor):
+        return Box.whole(tensor.shape)
+    layout = layout_of(name, tensor, rank)
+    group = layout.group_of(rank)
+    assert group is not None
+    return layout.box(tensor.shape, group)
+
+
+def wrapped_by_ddp(modules: Iterable[torch.nn.Module]) -> set[torch.nn.Parameter]:
+    """Give the parameters of all modules under DDP, those that it leaves alone, too."""
+    return {parameter for module in _ddps(modules) for parameter in module.parameters()}
+
+
+def _ddps(modules: Iterable[torch.nn.Module]) -> Iterator[DistributedDataParallel]:
+    for tracked in modules:
+        for module in tracked.modules():
+            if isinstance(module, DistributedDataParallel):
+                yield module
+
+
+def _synchronised(module: DistributedDataParallel) -> Iterator[torch.nn.Parameter]:
+    """Give the parameters that DDP was not told to leave alone, as experts that each rank has for itself."""
+    for name, parameter in module.module.named_parameters():
+        # For those of the outermost module DDP's documentation wants a dot in front.
+        spelled = {name} if "." in name else {name, f".{name}"}
+        if spelled.isdisjoint(module.parameters_to_ignore):
+            yield parameter
 
 
 def kept_equal_by_ddp(
@@ -111,7 +155,7 @@ def kept_equal_by_ddp(
     State of a parameter follows from the parameter and its gradients, which are the same on all ranks: its moments as
     well as the number of its steps. Not so where the optimizer calls the script to compute the loss, which is a rank's
     own. Buffers are not among them: DDP overwrites them with rank 0's before a forward pass, which then changes each
-    rank's by that rank's samples.
+    rank's by that rank's samples. Nor are parameters that DDP was told to leave alone.
 
     Parameters
     ----------
@@ -124,11 +168,9 @@ def kept_equal_by_ddp(
         By address of a tensor's memory, the ranks that hold it.
     """
     parameters: dict[torch.Tensor, Layout] = {}
-    for tracked in modules:
-        for module in tracked.modules():
-            if isinstance(module, DistributedDataParallel):
-                ranks = sorted(torch.distributed.get_process_group_ranks(module.process_group))
-                parameters.update(dict.fromkeys(module.parameters(), Layout.replicated(ranks)))
+    for module in _ddps(modules):
+        ranks = sorted(torch.distributed.get_process_group_ranks(module.process_group))
+        parameters.update(dict.fromkeys(_synchronised(module), Layout.replicated(ranks)))
     found = {parameter.data_ptr(): layout for parameter, layout in parameters.items()}
     for optimizer in optimizers:
         if needs_closure(optimizer):

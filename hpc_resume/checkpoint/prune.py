@@ -7,12 +7,13 @@ import time
 from collections.abc import Collection
 
 from hpc_resume.checkpoint.commit import awaited_by_unfinished
-from hpc_resume.checkpoint.manifest import FULL, Manifest, read_manifest
-from hpc_resume.checkpoint.store import newest_first
+from hpc_resume.checkpoint.manifest import Manifest, read_manifest
+from hpc_resume.checkpoint.store import all_newest_first
 from hpc_resume.checkpoint.verify import verify_checkpoint
 from hpc_resume.errors import CheckpointNotFound, IntegrityError, UsageError
-from hpc_resume.files import DISK, Clock, Filesystem
+from hpc_resume.files import DISK, Clock, Filesystem, obstacle
 from hpc_resume.policy.retention import Candidate, RetentionPlan, plan_retention
+from hpc_resume.rollbacks import set_aside
 from hpc_resume.rundir import RunDirectory, checkpoint_step
 
 
@@ -22,13 +23,14 @@ def plan_pruning(
     keep: int,
     every_steps: int | None = None,
     pinned_steps: Collection[int] = (),
+    drop_set_aside: bool = False,
     threads: int = 2,
     fs: Filesystem = DISK,
 ) -> RetentionPlan:
     """Plan what to delete of a run; only reads.
 
     Every byte of the newest full checkpoint is verified; if it is damaged, the one before it counts as the
-    newest, and so on.
+    newest, and so on. If its norms have jumped, the newest one before it whose norms have not is kept, too.
 
     Parameters
     ----------
@@ -38,6 +40,8 @@ def plan_pruning(
         See :func:`~hpc_resume.policy.retention.plan_retention`.
     pinned_steps
         Steps to keep in any case.
+    drop_set_aside
+        Delete what rollbacks have set aside, too; without it, that is kept.
     threads
         That read.
     fs
@@ -49,14 +53,20 @@ def plan_pruning(
         If a pinned step has none.
     UsageError
         If less than one is to be kept.
+    IntegrityError
+        If a manifest can't be read for a reason that is not its own: what it refers to is needed all the same.
     """
     found: list[Candidate] = []
     proven = False
-    for name, manifest in newest_first(run):
+    aside = set_aside(run)
+    for name, manifest in all_newest_first(run):
+        if isinstance(manifest, IntegrityError):
+            _insist(manifest)
         whole = isinstance(manifest, Manifest)
-        if isinstance(manifest, Manifest) and manifest.content == FULL and not proven:
-            whole = proven = not verify_checkpoint(run.checkpoints / name, manifest, threads=threads)
-        found.append(_candidate(name, manifest, valid=whole))
+        if isinstance(manifest, Manifest) and manifest.resumable and name not in aside and not proven:
+            whole = not verify_checkpoint(run.checkpoints / name, manifest, threads=threads)
+            proven = whole and not manifest.health.jumped  # else a run may go on from one before it
+        found.append(_candidate(name, manifest, valid=whole, aside=name in aside))
     steps = {each.step for each in found}
     if lacking := sorted(set(pinned_steps) - steps):
         raise CheckpointNotFound(
@@ -65,23 +75,42 @@ def plan_pruning(
         )
     pinned = {each.name for each in found if each.step in pinned_steps} | awaited_by_unfinished(run, fs=fs)
     try:
-        return plan_retention(found, keep=keep, every_steps=every_steps, pinned=pinned)
+        return plan_retention(
+            found, keep=keep, every_steps=every_steps, pinned=pinned, drop_set_aside=drop_set_aside
+        )
     except ValueError as error:
         raise UsageError(f"{run.root}: {error}") from error
 
 
-def _candidate(name: str, manifest: Manifest | IntegrityError, *, valid: bool) -> Candidate:
+def _insist(error: IntegrityError) -> None:
+    """Delete nothing while what is needed can't be known."""
+    if obstacle(error) is not None:
+        raise IntegrityError(
+            f"{error}; what it refers to must stay, and can't be known, so nothing is deleted: try again where and when "
+            "it can be read"
+        ) from error
+
+
+def _candidate(name: str, manifest: Manifest | IntegrityError, *, valid: bool, aside: bool) -> Candidate:
     if isinstance(manifest, IntegrityError):
         return Candidate(
-            name=name, step=checkpoint_step(name), full=False, valid=False, refers=(), size_bytes=0
+            name=name,
+            step=checkpoint_step(name),
+            full=False,
+            valid=False,
+            refers=(),
+            size_bytes=0,
+            set_aside=aside,
         )
     return Candidate(
         name=name,
         step=manifest.step,
-        full=manifest.content == FULL,
+        full=manifest.resumable,
         valid=valid,
         refers=manifest.refers,
         size_bytes=manifest.size_bytes,
+        set_aside=aside,
+        jumped=bool(manifest.health.jumped),
     )
 
 
@@ -105,6 +134,8 @@ def apply_pruning(
     ------
     UsageError
         If the run has changed since; nothing is deleted then.
+    IntegrityError
+        As :func:`plan_pruning`.
     """
     names = set(run.checkpoint_names())
     if names != {*plan.remove, *plan.keep} or (plan.remove and not plan.keep):
@@ -112,8 +143,9 @@ def apply_pruning(
     for name in plan.keep:
         try:
             needed = set(read_manifest(run.checkpoints / name).refers) & set(plan.remove)
-        except IntegrityError:
-            continue  # it can't be read without them either
+        except IntegrityError as error:
+            _insist(error)
+            continue  # it is damaged, with them or without
         if needed:
             raise UsageError(f"{run.root}: {name} refers to {min(needed)}, which is to be deleted")
     fs.make_dirs(run.pruned)

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpc_resume.checkpoint.health import Health, Known, Looked
 from hpc_resume.checkpoint.manifest import FULL, MAX_BYTES, Manifest, ShardRecord
 from hpc_resume.checkpoint.objects import dump
-from hpc_resume.checkpoint.structure import Structure, integer, merge, string
-from hpc_resume.checkpoint.witnesses import differing
+from hpc_resume.checkpoint.structure import Structure, TensorRecord, integer, merge, string
+from hpc_resume.checkpoint.witnesses import checked, compare
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import JsonObject
 from hpc_resume.untrusted import parse_json, read_regular
@@ -67,7 +68,11 @@ class Receipt:
     gpu_peak_bytes
         Most that this rank has had allocated on its GPUs; 0 without one.
     witnesses
-        Of tensors of which rank 0's are stored.
+        Of tensors that are stored once and that each rank has, by name.
+    looked
+        What was found in this rank's part that is not finite, and its norms.
+    known
+        What was known of the state before.
     """
 
     header: Header
@@ -84,6 +89,8 @@ class Receipt:
     write_s: float
     gpu_peak_bytes: int = 0
     witnesses: Mapping[str, str] = field(default_factory=dict)
+    looked: Looked = field(default_factory=Looked)
+    known: Known = field(default_factory=Known)
 
     @property
     def file(self) -> str:
@@ -107,6 +114,8 @@ class Receipt:
             "write_s": self.write_s,
             "gpu_peak_bytes": self.gpu_peak_bytes,
             "witnesses": dict(self.witnesses),
+            "looked": self.looked.to_json(),
+            "known": self.known.to_json(),
         }
         text = json.dumps(record, separators=(",", ":"), allow_nan=False)
         structure = "null" if self.structure is None else f"{{{self.structure.to_text()}}}"
@@ -160,7 +169,9 @@ class Receipt:
                 written_bytes=integer(record["written_bytes"]),
                 write_s=float(record["write_s"]),
                 gpu_peak_bytes=integer(record.get("gpu_peak_bytes", 0)),
-                witnesses={string(name): string(hexed) for name, hexed in record["witnesses"].items()},
+                witnesses={string(n): checked(string(w)) for n, w in record["witnesses"].items()},
+                looked=Looked.from_json(record["looked"]) if "looked" in record else Looked(),
+                known=Known.from_json(record["known"]) if "known" in record else Known(),
             )
         except _DAMAGED as error:
             raise IntegrityError(f"damaged receipt ({type(error).__name__}: {error!s:.200})") from error
@@ -218,6 +229,7 @@ def to_manifest(receipts: Sequence[Receipt], parent: str | None) -> Manifest:
         ),
         missing_ranks=tuple(r.shard.rank for r in receipts if r.by != r.shard.rank),
         costs=costs,
+        health=Health.together([each.looked for each in receipts], [each.known for each in receipts]),
     )
 
 
@@ -242,12 +254,32 @@ def _structure(receipts: Sequence[Receipt]) -> Structure:
                         f"step {step}: {name} is to be stored by rank {rank}, which does not track it: plain "
                         "tensors must be the same on all ranks; make it a DTensor, or track it under DDP"
                     )
-    own = [receipt for receipt in receipts if receipt.by == receipt.shard.rank]
-    for receipt in own[1:]:
-        if other := differing(own[0].witnesses, receipt.witnesses):
-            raise IntegrityError(
-                f"step {step}: {other[0]} of rank {receipt.shard.rank} is not the same as rank {own[0].shard.rank}'s, "
-                "and of each element only one would be stored: give what ranks do not share different names, make it "
-                "a DTensor, or put it under DDP"
-            )
+    if found := compare([(r.shard.rank, r.witnesses) for r in receipts if r.by == r.shard.rank]):
+        name, (first, others) = next(iter(found.items()))
+        ranks = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others[:8]))}{', …' * (len(others) > 8)}"
+        raise IntegrityError(
+            f"step {step}: {name} of {ranks} is not the same as rank {first}'s"
+            f"{f' (one of {len(found)} such tensors)' * (len(found) > 1)}, "
+            f"{_what_to_do(name, receipts[first].witnesses[name], merged.tensors.get(name))}"
+        )
     return merged
+
+
+def _what_to_do(name: str, witness: str, record: TensorRecord | None) -> str:
+    """Say what would be lost of a tensor that ranks do not have alike, and what helps."""
+    if record is not None and record.layout is not None and len(record.layout.ranks) > 1:
+        return (
+            "though it is under DistributedDataParallel: each rank stores a part of it, and together they would be what no "
+            "rank ever had. DDP keeps equal what all ranks change by the gradients that it has averaged: not with local "
+            "SGD, steps inside no_sync(), writes by one rank, or parameters that were frozen when it was wrapped"
+        )
+    if witness.startswith("=") or "/param_groups/" in name:
+        return (
+            "and of a tensor only rank 0's would be stored: reduce it over the ranks before the step ends, or store it "
+            "as a Python number (.item(), .tolist()), which each rank keeps"
+        )
+    return (
+        "and only rank 0's would be stored: put it under DDP, or make it a DTensor; experts of one rank can be parts of one "
+        "tensor that is split over ranks, stages of a pipeline have names of their own, under DDP or in a mesh of the "
+        "ranks that share them"
+    )

@@ -10,11 +10,11 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from hpc_resume.files import DISK, Filesystem
 CHUNK_BYTES = 8 << 20
 #: Smaller files go through the page cache: O_DIRECT has nothing to win there.
 _DIRECT_FROM_BYTES = 1 << 20
+_T = TypeVar("_T")
 #: What a filesystem says that knows no O_DIRECT.
 _NOT_DIRECT = frozenset({errno.EINVAL, errno.ENOTSUP})
 
@@ -93,6 +94,7 @@ class ShardWriter:
         self._direct = direct
         # One thread more than write at a time: it hashes the next chunk meanwhile.
         self._pool = ThreadPoolExecutor(self._threads + 1, thread_name_prefix="hpc-resume-write")
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="hpc-resume-look")
         self._writing = threading.Semaphore(self._threads)
         self._own = threading.local()
         self._order: tuple[Image, Order] | None = None
@@ -100,6 +102,11 @@ class ShardWriter:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
+        self._beside.shutdown()
+
+    def beside(self, function: Callable[..., _T], *args: Any) -> Future[_T]:
+        """Do something that reads the same bytes while they are written, on a thread of its own."""
+        return self._beside.submit(function, *args)
 
     def hash(self, jobs: Sequence[Job], table: npt.NDArray[np.uint64]) -> None:
         """Fill in the checksums of some stretches of pieces."""

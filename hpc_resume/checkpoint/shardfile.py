@@ -81,7 +81,7 @@ class ShardFile:
                 raise IntegrityError(f"it refers to {min(unknown)}, of which the manifest does not know")
         except (IntegrityError, OSError, MemoryError) as error:
             os.close(fd)
-            raise IntegrityError(f"{path}: {error}") from error
+            raise _about(path, error) from error
         return cls(path, fd, record.size_bytes, index)
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class ShardFile:
         try:
             _read_exactly(self._fd(file), offset, into)
         except (IntegrityError, OSError) as error:
-            raise IntegrityError(f"{self._path(file)}: {error}") from error
+            raise _about(self._path(file), error) from error
 
     def read_checked(
         self, number: int, groups: Iterable[Sequence[Check]], into: memoryview, begin: int = 0
@@ -250,7 +250,16 @@ def _open(path: Path) -> int:
         finally:
             os.close(folder)
     except OSError as error:
+        error.filename = str(path)  # it knows a name in the folder, or the folder
         raise IntegrityError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def _about(path: Path, error: Exception) -> IntegrityError:
+    """Say of which file an error is; the system's, too, then knows it, for whoever looks whether it may pass."""
+    told = IntegrityError(f"{path}: {error}")
+    if isinstance(error, OSError):
+        error.filename = str(path)
+    return told
 
 
 def _reads(fd: int, offset: int, into: memoryview) -> bool:

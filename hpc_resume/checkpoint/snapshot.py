@@ -11,6 +11,7 @@ import torch
 from hpc_resume.checkpoint.arena import Arena
 from hpc_resume.checkpoint.blocks import Partitions
 from hpc_resume.checkpoint.hashing import Bytes
+from hpc_resume.checkpoint.health import Roles
 from hpc_resume.checkpoint.image import Image, Piece, full_image
 from hpc_resume.checkpoint.structure import Structure
 
@@ -32,7 +33,9 @@ class Captured:
     leaves
         All live tensors by name.
     witnesses
-        Of tensors of which rank 0's are stored; see :mod:`hpc_resume.checkpoint.witnesses`.
+        Of tensors that are stored once and that each rank has; see :mod:`hpc_resume.checkpoint.witnesses`.
+    roles
+        What the tensors are for.
     """
 
     structure: Structure
@@ -41,6 +44,7 @@ class Captured:
     objects: Any
     leaves: Mapping[str, torch.Tensor]
     witnesses: Mapping[str, str] = field(default_factory=dict)
+    roles: Roles = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,7 @@ class Snapshot:
 
     Parameters
     ----------
-    structure, pieces, objects, witnesses
+    structure, pieces, objects, witnesses, roles
         As captured.
     image
         The shard that holds all pieces.
@@ -73,6 +77,7 @@ class Snapshot:
     cuts: tuple[Partitions, ...]
     arena: Arena | None = None
     witnesses: Mapping[str, str] = field(default_factory=dict)
+    roles: Roles = field(default_factory=dict)
 
 
 #: A state up to this size is always staged.
@@ -130,6 +135,7 @@ class Camera:
             cuts=self._cuts,
             arena=arena,
             witnesses=captured.witnesses,
+            roles=captured.roles,
         )
 
     def may_stage(self, captured: Captured) -> bool:

@@ -17,9 +17,11 @@ from hpc_resume.checkpoint.commit import (
     make_durable,
     ranks_with_receipts,
 )
+from hpc_resume.checkpoint.finite import look
+from hpc_resume.checkpoint.health import Health, Known
 from hpc_resume.checkpoint.image import Image, Piece
 from hpc_resume.checkpoint.index import MAX_FILES, shard_file
-from hpc_resume.checkpoint.manifest import MANIFEST, ShardRecord
+from hpc_resume.checkpoint.manifest import MANIFEST, ShardRecord, read_manifest
 from hpc_resume.checkpoint.receipt import Header, Receipt, carries_structure, objects_digest
 from hpc_resume.checkpoint.shard import ShardWriter, WrittenShard
 from hpc_resume.checkpoint.snapshot import Snapshot
@@ -77,6 +79,7 @@ class Staging:
         self._writer = ShardWriter(threads=threads, fs=fs, direct=direct)
         self._written: dict[int, tuple[str, tuple[Piece, ...], Image, bytes]] = {}
         self._discarded: dict[int, int] = {}
+        self._healths: dict[str, Health] = {}
         self._base: Base | None = None
         self._looking = Looking()
         #: What saves were measured to cost, for the next one.
@@ -95,7 +98,13 @@ class Staging:
         return self._run.attempt(self._attempt) / STAGING / name
 
     def write(
-        self, header: Header, snapshot: Snapshot, *, rank: int | None = None, only_changed: bool = False
+        self,
+        header: Header,
+        snapshot: Snapshot,
+        *,
+        rank: int | None = None,
+        only_changed: bool = False,
+        known: Known | None = None,
     ) -> Receipt | None:
         """Make a rank's shard and receipt durable.
 
@@ -109,6 +118,8 @@ class Staging:
             Whose shard it is, if not this rank's own: of one that has died.
         only_changed
             Leave out what has not changed even if that hardly pays: there is no time for more.
+        known
+            What is known of the state already.
 
         Returns
         -------
@@ -134,9 +145,13 @@ class Staging:
             self._make(folder / RECEIPTS)
             begun = self._clock()
             file = shard_file(rank, header.world_size, by=None if rank == by else by)
+            if snapshot.arena is not None:
+                snapshot.arena.wait()
+            seen = self._writer.beside(look, snapshot.pieces, snapshot.data, snapshot.roles)
             written, image, written_bytes, look_s = self._write_shard(
                 folder / SHARDS / file, snapshot, own=rank == by, only_changed=only_changed
             )
+            looked = seen.result()
             created = self._clock()
             receipt = Receipt(
                 header=header,
@@ -162,6 +177,8 @@ class Staging:
                 written_bytes=written_bytes,
                 write_s=round(created - begun - look_s, 4),
                 gpu_peak_bytes=gpu_peak_bytes(),
+                looked=looked,
+                known=known or Known(),
             )
             self._fs.write_file(folder / RECEIPTS / receipt.file, receipt.to_bytes())
         except OSError as error:
@@ -198,10 +215,7 @@ class Staging:
 
         Returns how many bytes of tensors were written, too, and how long it took to find out which.
         """
-        arena = None
-        if snapshot.arena is not None:
-            snapshot.arena.wait()
-            arena = snapshot.arena.bytes
+        arena = None if snapshot.arena is None else snapshot.arena.bytes
         table = None
         look_s = 0.0
         base = self._base
@@ -307,7 +321,7 @@ class Staging:
             If the filesystem refuses.
         """
         try:
-            return finish_commit(self._run, self.folder(step), take_over=take_over, fs=self._fs)
+            manifest = finish_commit(self._run, self.folder(step), take_over=take_over, fs=self._fs)
         except (OSError, IntegrityError) as error:
             gone = isinstance(error, OSError) and error.errno in _GONE
             if not gone and not isinstance(error, IntegrityError):
@@ -320,6 +334,17 @@ class Staging:
             if not gone:
                 raise
             return None
+        self._healths[manifest.name] = manifest.health
+        return manifest.name
+
+    def health(self, name: str) -> Health:
+        """Give what is known of the state in a checkpoint that this attempt has committed."""
+        if name in self._healths:
+            return self._healths.pop(name)
+        try:
+            return read_manifest(self._run.checkpoints / name).health
+        except IntegrityError:
+            return Health()
 
     def committed_name(self, step: int) -> str | None:
         """Name of the checkpoint that this attempt has committed for a step."""

@@ -36,6 +36,7 @@ def substitute(captured: Captured, rank: int, *, own_rank: int) -> Captured | No
         sources=tuple(sources),
         objects=captured.objects,
         leaves=captured.leaves,
+        roles=captured.roles,
     )
 
 

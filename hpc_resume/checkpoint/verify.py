@@ -6,7 +6,7 @@ import os
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +17,9 @@ from hpc_resume.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from hpc_resume.checkpoint.shardfile import Check, ShardFile
 from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.journal import read_events
-from hpc_resume.records import check_records, configuration_path, has_configuration
+from hpc_resume.lineage import read_lineage
+from hpc_resume.provenance.remembered import check_sources
+from hpc_resume.records import check_records, configuration_path, has_configuration, named_data
 from hpc_resume.rundir import RunDirectory
 
 #: Boxes of a shard that are missing, and that are damaged, are told one by one up to so many ...
@@ -80,9 +82,11 @@ def verify_run(root: Path, *, threads: int = 2, progress: Progress | None = None
     except IntegrityError:
         pass  # among the records
     findings += [Finding(path=path, problem=problem) for path, problem in check_records(run)]
+    findings += [Finding(path=path, problem=problem) for path, problem in check_sources(run)]
     findings += _missing(run)
     if not run.checkpoints.is_dir():
         return [*findings, Finding(path=run.checkpoints, problem="is gone")]
+    shared = _shared(run)
     whole: list[tuple[Path, Manifest]] = []
     for name in _names(run.checkpoints, findings):
         folder = run.checkpoints / name
@@ -91,13 +95,27 @@ def verify_run(root: Path, *, threads: int = 2, progress: Progress | None = None
         except IntegrityError as error:
             findings.append(Finding(path=folder / MANIFEST, problem=_bare(error, folder / MANIFEST)))
             continue
-        if run_id is not None and manifest.run_id != run_id:
+        if run_id is not None and manifest.run_id != run_id and shared.get(name) != manifest.content_id:
             findings.append(Finding(path=folder / MANIFEST, problem=f"belongs to run {manifest.run_id}"))
         if manifest.config is not None and not has_configuration(run, manifest.config):
             gone = configuration_path(run, manifest.config)
             findings.append(Finding(path=gone, problem=f"is gone; {name} was written with it"))
+        findings += [
+            Finding(path=path, problem=f"is gone; {name} names it")
+            for path in named_data(run, manifest.environment)
+            if not path.is_file()
+        ]
         whole.append((folder, manifest))
     return findings + _verify_shards(whole, threads, progress)
+
+
+def _shared(run: RunDirectory) -> Mapping[str, str]:
+    """Content ids, by name, of what a fork has from the run that it comes from."""
+    try:
+        lineage = read_lineage(run)
+    except (IntegrityError, CheckpointNotFound):
+        return {}  # among the records
+    return {} if lineage is None else lineage.shared
 
 
 def verify_checkpoint(folder: Path, manifest: Manifest, *, threads: int = 2) -> list[Finding]:

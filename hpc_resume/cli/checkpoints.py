@@ -33,10 +33,13 @@ def ls(run: Path, as_json: bool) -> None:
 @as_json_flag
 def show(run: Path, step: int | None, as_json: bool) -> None:
     """Tell what is in a checkpoint."""
-    from hpc_resume.report.checkpoints import describe, find_checkpoint
+    from hpc_resume.report.checkpoints import describe, find_checkpoint, shared_with, why_set_aside
     from hpc_resume.report.tables import contents_table
+    from hpc_resume.rundir import RunDirectory
 
-    described = describe(*find_checkpoint(run, step))
+    name, manifest = find_checkpoint(run, step)
+    aside, shared = why_set_aside(RunDirectory(run)), shared_with(RunDirectory(run))
+    described = describe(name, manifest, set_aside=aside.get(name), shared=shared.get(name))
     print_json(described) if as_json else print_table(contents_table(described))
 
 
@@ -140,10 +143,17 @@ def import_(source: Path, into: Path, key: str | None, step: int, name: str | No
     help="And those of every k-th step.",
 )
 @click.option("--pin", "pinned", type=int, multiple=True, metavar="STEP", help="And the one of this step.")
+@click.option("--set-aside", is_flag=True, help="Also what a rollback has set aside; else that is kept.")
 @click.option("--apply", "do_it", is_flag=True, help="Delete; without it, what would be is only said.")
 @as_json_flag
 def prune(
-    run: Path, keep: int, every_steps: int | None, pinned: Sequence[int], do_it: bool, as_json: bool
+    run: Path,
+    keep: int,
+    every_steps: int | None,
+    pinned: Sequence[int],
+    set_aside: bool,
+    do_it: bool,
+    as_json: bool,
 ) -> None:
     """Delete old checkpoints, except what those that are kept refer to."""
     from hpc_resume.checkpoint.prune import apply_pruning, plan_pruning
@@ -158,7 +168,9 @@ def prune(
             "prune when it has ended"
         )
     directory = RunDirectory(run)
-    plan = plan_pruning(directory, keep=keep, every_steps=every_steps, pinned_steps=pinned)
+    plan = plan_pruning(
+        directory, keep=keep, every_steps=every_steps, pinned_steps=pinned, drop_set_aside=set_aside
+    )
     if do_it:
         apply_pruning(directory, plan)
     if as_json:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpc_resume._version import __version__
-from hpc_resume.errors import HpcResumeError
+from hpc_resume.errors import EXIT_FAILED, HpcResumeError
 from hpc_resume.untrusted import printable
 
 if TYPE_CHECKING:
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
     from hpc_resume.report.tables import Table
 
 COMMAND = "hpc_resume.command"
+
+#: What to do where a filesystem takes no bytes from anybody.
+_REFUSED = {
+    errno.EROFS: "do this on a machine that may write there",
+    errno.ENOSPC: "make room there, and do this again",
+    errno.EDQUOT: "make room there (quota -s), and do this again",
+}
 
 
 class Group(click.Group):
@@ -33,6 +42,25 @@ class Group(click.Group):
         except HpcResumeError as error:
             click.echo(printable(f"hpc-resume: {error}"), err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            said = _refusal(error)
+            if said is None:  # a broken pipe, which click expects, or a mistake of ours
+                raise
+            click.echo(printable(f"hpc-resume: {said}"), err=True)
+            ctx.exit(EXIT_FAILED)
+
+
+def _refusal(error: OSError) -> str | None:
+    """Tell what the filesystem refuses, and what to do; ``None`` if it is something else."""
+    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    if error.errno in {errno.EACCES, errno.EPERM} and path:
+        return (
+            f"{path}: {error.strerror}; it, or a folder above it, is someone else's or is locked (namei -l "
+            f"{shlex.quote(path)} shows what is whose); ask the owner to do this, or to let you"
+        )
+    if error.errno in _REFUSED:
+        return f"{path or 'a file'}: {error.strerror}; {_REFUSED[error.errno]}"
+    return None
 
 
 class BeforeCommand(click.Command):
@@ -81,9 +109,10 @@ def main() -> None:
 def load_config(files: Sequence[str], options: Sequence[str]) -> Config:
     """Read the settings that a verb is given: ``-o`` over variables over ``-c``."""
     from hpc_resume.config import Config
-    from hpc_resume.values import parse_assignments
+    from hpc_resume.values import parse_assignments, parse_setting
 
-    return Config.load(list(files), overrides=parse_assignments(options, flag="-o"), environ=os.environ)
+    overrides = parse_assignments(options, flag="-o", parse=parse_setting)
+    return Config.load(list(files), overrides=overrides, environ=os.environ)
 
 
 @contextlib.contextmanager

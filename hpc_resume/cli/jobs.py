@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     help="Values of an argument: one run for each combination, all in one job array.",
 )
 @run_dir_option
+@click.option("--same-source", is_flag=True, help="Run the code that the run's last job ran, not the newest.")
+@click.option(
+    "--why", metavar="TEXT", help="Why settings or arguments are other ones than before, for the record."
+)
 @click.option(
     "--wait", is_flag=True, help="Wait for the end, telling what happens; leaves with 1 if it fails."
 )
@@ -57,11 +61,14 @@ def submit(
     arguments: Sequence[str],
     lists: Sequence[str],
     run_dir: str | None,
+    same_source: bool,
+    why: str | None,
     wait: bool,
     as_json: bool,
 ) -> None:
     """Submit a run: TARGET is FILE.py:FUNCTION or MODULE:FUNCTION; or give a command after --.
 
+    The job runs the code as it is now, whatever becomes of it meanwhile; -o environment.source=live: as it is then.
     Prints the run's folder. With --grid, an array of runs: of those, only what is neither done nor in the queue.
     """
     from hpc_resume.job import Job
@@ -73,16 +80,19 @@ def submit(
     if (target is None) == (command is None):
         raise UsageError("give either FILE.py:FUNCTION or, after --, a command: hpc-resume submit --help")
     kwargs = parse_assignments(arguments, flag="--set")
+    config = load_config(files, options)
+    if why is not None:
+        config = config.replace(why=why)
     if lists:
         if target is None:
             raise UsageError("--grid: a command takes no arguments from us; give FILE.py:FUNCTION")
+        if same_source:
+            raise UsageError("--same-source: is for a single run; an array's runs run the code as it is now")
         grid = parse_assignments(lists, flag="--grid", parse=parse_list)
-        _submit_grid(
-            ctx, target, grid, kwargs, load_config(files, options), run_dir, wait=wait, as_json=as_json
-        )
+        _submit_grid(ctx, target, grid, kwargs, config, run_dir, wait=wait, as_json=as_json)
         return
     entry = make_entry(target or command or [], kwargs)
-    job = Job(submit_entry(entry, load_config(files, options), run_dir=run_dir, kwargs=kwargs))
+    job = Job(submit_entry(entry, config, run_dir=run_dir, kwargs=kwargs, same_source=same_source))
     if not as_json:
         click.echo(str(job.run_dir))
     click.echo(f"submitted job {job.id}; look at it: hpc-resume status {_short(job.run_dir)}", err=True)
@@ -131,11 +141,15 @@ def _submit_grid(
 @run_dir_option
 @click.pass_context
 def script(ctx: click.Context, files: Sequence[str], options: Sequence[str], run_dir: str | None) -> None:
-    """Print the sbatch script that runs a command, which comes after --."""
+    """Print the sbatch script that runs a command, which comes after --.
+
+    The command runs the code as it is when an attempt begins; with -o environment.source=snapshot, as it is now:
+    that is then kept in the run's folder, and the script names it there.
+    """
     from hpc_resume.launch.check import check_times
     from hpc_resume.launch.entry import CommandEntry
     from hpc_resume.launch.script import render
-    from hpc_resume.launch.submit import resolve
+    from hpc_resume.launch.submit import frozen_command, resolve
 
     command = tuple(ctx.meta.get(COMMAND, ()))
     if not command:
@@ -145,6 +159,8 @@ def script(ctx: click.Context, files: Sequence[str], options: Sequence[str], run
     config = resolve(CommandEntry(command=command), load_config(files, options), run_dir=run_dir, kwargs={})
     for warning in check_times(config.replace(scheduler="slurm")):
         click.echo(f"hpc-resume: warning: {warning}", err=True)
+    if config.environment.source == "snapshot" and config.origin("environment.source") != "default":
+        command = frozen_command(command, config)
     click.echo(render(config, command=command, run_dir=Path(config.run_dir)), nl=False)
 
 
@@ -210,9 +226,18 @@ def cancel(run: Path) -> None:
 @main.command()
 @run_argument
 @click.option("--watch", is_flag=True, help="Look again and again until the run is over (in tmux, say).")
-@click.option("--every", "every_s", default=60.0, show_default=True, metavar="SECONDS", help="With --watch.")
+@click.option(
+    "--every",
+    "every_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --watch.",
+)
+@click.option("--refresh-source", is_flag=True, help="Run the code as it is now, not as it was submitted.")
 @as_json_flag
-def resubmit(run: Path, watch: bool, every_s: float, as_json: bool) -> None:
+def resubmit(run: Path, watch: bool, every_s: float, refresh_source: bool, as_json: bool) -> None:
     """Submit a run again that was interrupted and that no job goes on from; never twice.
 
     With --watch, a job that has waited longer than its node type's wait_limit_s asks for the next one.
@@ -220,6 +245,8 @@ def resubmit(run: Path, watch: bool, every_s: float, as_json: bool) -> None:
     from hpc_resume.launch.resubmit import Resubmission
 
     looking = Resubmission(run)
+    if refresh_source:
+        click.echo(f"source: {looking.refresh_source()}", err=True)
     if watch:
         answer = looking.watch(every_s=every_s, say=lambda text: click.echo(text, err=True))
     else:
@@ -259,7 +286,7 @@ def _follow(job: Job) -> str:
                 click.echo(sentence, err=True)
         if job.over(state):
             break
-        time.sleep(0.2)
+        time.sleep(job.poll_s)
     click.echo("\n".join(status_table(job.status()).lines()), err=True)
     return state
 

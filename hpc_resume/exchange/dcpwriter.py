@@ -42,7 +42,7 @@ from hpc_resume.checkpoint.snapshot import bytes_of
 from hpc_resume.checkpoint.stream import write_streamed
 from hpc_resume.errors import FencedError, StateError, UsageError
 from hpc_resume.exchange.dcpstate import Stored, gathered, name_of
-from hpc_resume.provenance.environment import describe_environment
+from hpc_resume.provenance.environment import describe_environment, essentials
 from hpc_resume.rundir import RunDirectory, checkpoint_step
 
 REASON = "dcp"
@@ -297,7 +297,7 @@ class DcpWriter(StorageWriter, BlockingAsyncStager):
             missing_ranks=(),
             node_type=None,
             config=None,
-            environment=describe_environment(),
+            environment=essentials(describe_environment()),
             costs={
                 "write_s": max(each.write_s for each in told),
                 "state_bytes": sum(each.written_bytes for each in told),

@@ -21,7 +21,7 @@ from hpc_resume.errors import CheckpointNotFound, UsageError
 from hpc_resume.exchange import dcpfolder, safetensors, torchfile
 from hpc_resume.exchange.incoming import Incoming
 from hpc_resume.files import DISK, Clock, Filesystem
-from hpc_resume.provenance.environment import describe_environment
+from hpc_resume.provenance.environment import describe_environment, essentials
 from hpc_resume.rundir import RunDirectory
 
 REASON = "import"
@@ -97,7 +97,7 @@ def import_checkpoint(
             world_size=1,
             node_type=None,
             config=None,
-            environment=describe_environment(),
+            environment=essentials(describe_environment()),
         )
         checkpoint = _write(run, header, incoming, threads, fs, clock)
         os.rename(draft, into)  # noqa: PTH104 - fails if something is there by now, which replace() would not

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpc_resume.checkpoint.dtypes import SAFETENSORS as DTYPES
 from hpc_resume.checkpoint.dtypes import item_bytes, torch_dtype
 from hpc_resume.errors import IntegrityError, StateError, UsageError
 from hpc_resume.exchange.incoming import MODEL, Incoming, Item
@@ -22,25 +23,6 @@ if TYPE_CHECKING:
 
     from hpc_resume.checkpoint.structure import TensorRecord
 
-#: Element types by the name in the header.
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-}
 _SPELLED = {name: spelled for spelled, name in DTYPES.items()}
 #: The non-tensor state of our own exports, as typed JSON, in the header's metadata.
 STATE = "hpc_resume"

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_resume.errors import EXIT_CONTINUE
+from hpc_resume.errors import EXIT_CONTINUE, IntegrityError
 from hpc_resume.files import DISK, Clock, JsonObject
 from hpc_resume.journal import read_events
 from hpc_resume.launch.attempt import Allocation, Attempt, Process, Times
 from hpc_resume.policy.exits import Outcome, after_exit
 from hpc_resume.policy.inplace import WORDS, starts_again
+from hpc_resume.rollbacks import active_names
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.scheduler.local import LocalState, cancel_path, process_ticks, state_path
 
@@ -172,9 +173,13 @@ class Controller:
                 before, committed = committed, self._committed()
                 idle = 0 if EXIT_CONTINUE in attempt.exit_codes or committed != before else idle + 1
                 if idle >= self.plan.max_idle:
+                    hint = (
+                        "; the last ended before hr.Run began: was there time enough to start (time_limit_s)?"
+                    )
                     outcome = Outcome(
                         decision="stop",
-                        why=f"{outcome.why}; no new checkpoint in {idle} attempts (budget.max_idle)",
+                        why=f"{outcome.why}; no new checkpoint in {idle} attempts (budget.max_idle)"
+                        + (hint if self._begun() == begun else ""),
                     )
             if outcome.decision != "continue":
                 return self._write(
@@ -296,7 +301,10 @@ class Controller:
         }
 
     def _committed(self) -> str | None:
-        names = self._run_directory.checkpoint_names()
+        try:
+            names = active_names(self._run_directory)
+        except IntegrityError:
+            return None  # the next attempt says so
         return names[-1] if names else None
 
     def _begun(self) -> int:

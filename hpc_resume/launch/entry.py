@@ -26,7 +26,7 @@ from hpc_resume.errors import UsageError
 _TAKEN = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT)
 
 
-def _usual_signals() -> None:
+def usual_signals() -> None:
     """Give signals their usual meaning back, until ``Run`` takes them.
 
     submitit's handlers ignore SIGTERM, and on a warning pickle the job or raise. A rank that is warned before
@@ -46,7 +46,7 @@ class FunctionEntry:
 
     def __call__(self) -> Any:
         """Run in the job, on every rank."""
-        _usual_signals()
+        usual_signals()
         return self.function(**self.kwargs)
 
     def check(self) -> None:
@@ -90,11 +90,14 @@ class TargetEntry:
         Absolute path of a ``.py`` file, or a module's dotted name.
     function
         Name in it.
+    folder
+        Where a module is looked for first; by default the current folder.
     """
 
     place: str
     function: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    folder: str | None = None
 
     @classmethod
     def parse(cls, target: str, kwargs: Mapping[str, Any]) -> TargetEntry:
@@ -108,7 +111,7 @@ class TargetEntry:
         place, colon, function = target.rpartition(":")
         if not colon or not function.isidentifier():
             hint = (
-                f"file.py:function, such as {target.rstrip(':')}:train"
+                f"file.py:function, such as {target.rstrip(':')}:train; to run the file as it is: -- python {target}"
                 if target.rstrip(":").endswith(".py")
                 else ("file.py:function or package.module:function; to run a command, put it after --")
             )
@@ -119,12 +122,12 @@ class TargetEntry:
 
     def __call__(self) -> Any:
         """Run in the job, on every rank."""
-        _usual_signals()
+        usual_signals()
         return getattr(self._module(), self.function)(**self.kwargs)
 
     def check(self) -> None:
         """Raise UsageError if there is no such file, no such function in it, or if it takes other arguments."""
-        path = self._source()
+        path = self.source_path()
         try:
             tree = ast.parse(path.read_text(), filename=str(path))
         except SyntaxError as error:
@@ -154,7 +157,14 @@ class TargetEntry:
             Path(self.place).stem if self.place.endswith(".py") else self.place.rpartition(".")[2]
         )
 
-    def _source(self) -> Path:
+    def source_path(self) -> Path:
+        """Find the file.
+
+        Raises
+        ------
+        UsageError
+            If there is none.
+        """
         if self.place.endswith(".py") or os.sep in self.place:
             path = Path(self.place)
             if not path.is_file():
@@ -181,7 +191,7 @@ class TargetEntry:
 
     def _module(self) -> Any:
         if not self.place.endswith(".py"):
-            with _current_folder_first():
+            with _current_folder_first(self.folder):
                 return importlib.import_module(self.place)
         path = Path(self.place)
         sys.path.insert(0, str(path.parent))  # as `python file.py` does
@@ -202,7 +212,7 @@ class CommandEntry:
 
     def __call__(self) -> Any:
         """Run in the job, on every rank; does not return."""
-        _usual_signals()
+        usual_signals()
         sys.stdout.flush()
         sys.stderr.flush()
         try:
@@ -233,13 +243,16 @@ Entry = FunctionEntry | TargetEntry | CommandEntry
 
 
 class _current_folder_first:  # noqa: N801 - reads as what it does
-    """Looks modules up as ``python -m`` would."""
+    """Looks modules up as ``python -m`` would, or in another folder first."""
+
+    def __init__(self, folder: str | None = None) -> None:
+        self._folder = folder or str(Path.cwd())
 
     def __enter__(self) -> None:
-        sys.path.insert(0, str(Path.cwd()))
+        sys.path.insert(0, self._folder)
 
     def __exit__(self, *_: object) -> None:
-        sys.path.remove(str(Path.cwd()))
+        sys.path.remove(self._folder)
 
 
 def make_entry(target: Callable[..., Any] | str | Sequence[str], kwargs: Mapping[str, Any]) -> Entry:

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpc_resume.errors import CheckpointNotFound, IntegrityError, UsageError
+from hpc_resume.errors import CheckpointNotFound, IntegrityError, SchedulerError, UsageError
 from hpc_resume.files import DISK, Clock, Filesystem
-from hpc_resume.launch.chain import Chain
+from hpc_resume.launch.chain import OVER, Chain
 from hpc_resume.rundir import RunDirectory
+from hpc_resume.scheduler.base import UNKNOWN
 
 if TYPE_CHECKING:
     from hpc_resume.scheduler.arrays import SlurmArrays
 
 SCHEMA = 1
-#: States after which nothing more happens.
-#: A requeued job is PENDING again at once.
-OVER = frozenset(
-    {
-        "COMPLETED",
-        "FAILED",
-        "CANCELLED",
-        "TIMEOUT",
-        "DEADLINE",
-        "PREEMPTED",
-        "NODE_FAIL",
-        "BOOT_FAIL",
-        "OUT_OF_MEMORY",
-        "REVOKED",
-        "GONE",
-        "LOST",
-    }
-)
+#: Seconds between two looks at a job that is waited for. The embedded scheduler's is a file; Slurm's is a question
+#: to slurmctld, and sites block who asks several times a second.
+LOCAL_POLL_S = 0.2
+SLURM_POLL_S = 10.0
 
 
 def jobs_folder(run_dir: Path) -> Path:
@@ -80,8 +68,12 @@ class JobHandle:
             "submitted": self.submitted,
             "returns": self.returns,
         }
-        path = jobs_folder(self.run_dir) / f"{self.job_id}_job.json"
-        fs.write_file(path, json.dumps(values, indent=1).encode())
+        fs.write_file(self.record_path, json.dumps(values, indent=1).encode())
+
+    @property
+    def record_path(self) -> Path:
+        """Where the record is."""
+        return jobs_folder(self.run_dir) / f"{self.job_id}_job.json"
 
     def submitit_job(self) -> Any:
         """Give the job as submitit knows it, for its results: of those that go on from each other, the last."""
@@ -113,6 +105,11 @@ class JobHandle:
         if facts.state in OVER and chain.over().startswith("a person cancelled"):
             return "CANCELLED"  # a person has ended what was to go on from the last job
         return "GONE" if chain.queue.forgotten(facts) else facts.state
+
+    @property
+    def poll_s(self) -> float:
+        """Seconds between two looks at it, if somebody waits for it."""
+        return LOCAL_POLL_S if self.scheduler == "local" else SLURM_POLL_S
 
     def chain(self) -> Chain:
         """Give the job with those that go on from it; under Slurm only."""
@@ -153,9 +150,7 @@ class JobHandle:
         job_id = self.job_id if self.scheduler == "local" else self.chain().latest()
         return jobs_folder(self.run_dir) / f"{job_id}_{rank}_log.out"
 
-    def wait(
-        self, *, timeout_s: float | None = None, poll_s: float = 0.2, clock: Clock = time.monotonic
-    ) -> str:
+    def wait(self, *, timeout_s: float | None = None, clock: Clock = time.monotonic) -> str:
         """Wait until the job is over, however often it is continued, and return its state.
 
         Raises
@@ -169,7 +164,7 @@ class JobHandle:
                 raise TimeoutError(
                     f"job {self.job_id} is {state} after {timeout_s:g} s; it goes on: hpc-resume status {self.run_dir}"
                 )
-            time.sleep(poll_s if self.scheduler == "local" else max(poll_s, 10.0))
+            time.sleep(self.poll_s)
         return state
 
 
@@ -244,10 +239,12 @@ def states_of(jobs: Sequence[JobHandle], *, slurm: SlurmArrays | None = None) ->
         If Slurm does not answer.
     """
     remembered: dict[str, str] = {}
-    if any(job.scheduler == "slurm" for job in jobs):
+    # A group may share its runs: whoever has submitted a job has written its record.
+    users = {job.record_path.stat().st_uid for job in jobs if job.scheduler == "slurm"}
+    if users:
         from hpc_resume.scheduler.arrays import SlurmArrays
 
-        remembered = (slurm or SlurmArrays()).job_states()
+        remembered = (slurm or SlurmArrays()).job_states(users)
     return [remembered.get(job.job_id, "GONE") if job.scheduler == "slurm" else job.state() for job in jobs]
 
 
@@ -265,5 +262,21 @@ def cancel_elements(array: str, elements: Sequence[str]) -> None:
 
 
 def live_job(run_dir: Path) -> JobHandle | None:
-    """Find a job of the run that is not over, if there is one."""
-    return next((job for job in reversed(find_jobs(run_dir)) if job.state() not in OVER | {"UNKNOWN"}), None)
+    """Find a job of the run that is not over, if there is one.
+
+    Raises
+    ------
+    SchedulerError
+        If Slurm does not say of a job whether it is over. Where there is no Slurm, nothing is known of its jobs, and
+        they don't count: whoever copies a run to another machine may go on with it there.
+    """
+    for job in reversed(find_jobs(run_dir)):
+        state = job.state()
+        if state == UNKNOWN and job.scheduler == "slurm" and shutil.which("scontrol") is not None:
+            raise SchedulerError(
+                f"{run_dir}: Slurm does not say whether job {job.job_id} of this run is over, and two jobs can't own "
+                f"one run; nothing was submitted; try again when it answers: scontrol show job {job.job_id}"
+            )
+        if state not in OVER | {UNKNOWN}:
+            return job
+    return None

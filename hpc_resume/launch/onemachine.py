@@ -92,7 +92,12 @@ class OneMachineJob(LocalJob[Any]):
     def _signal(self, number: int) -> None:
         record = self._reachable()
         if record.alive():
-            os.kill(record.controller_pid, number)
+            try:
+                os.kill(record.controller_pid, number)
+            except PermissionError:
+                raise SchedulerError(
+                    f"job {self.job_id}: belongs to someone else (process {record.controller_pid}); ask them to do this"
+                ) from None
 
     def _reachable(self) -> LocalState:
         record = self.state_record()
@@ -198,15 +203,46 @@ def start_controller(
     """
     hold(plan)
     log_path = Path(plan.folder) / f"{plan.job_id}_controller.log"
-    process = spawn_detached("hpc_resume.launch.controller", plan.path, log_path)
+    hand_over("hpc_resume.launch.controller", plan.path, log_path, [plan], clock=clock, sleep=sleep)
+
+
+def hand_over(
+    module: str,
+    argument: Path,
+    log_path: Path,
+    plans: Sequence[Plan],
+    *,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> None:
+    """Have jobs that this process holds looked after by one that outlives it.
+
+    Parameters
+    ----------
+    module, argument
+        What the process runs, and its one argument.
+    log_path
+        Where it writes.
+    plans
+        The jobs, in the order in which it takes them over.
+    clock, sleep
+        Seconds.
+
+    Raises
+    ------
+    SchedulerError
+        If it does not take them; with what it said. The jobs are then written down as they were before.
+    """
+    process = spawn_detached(module, argument, log_path)
     deadline = clock() + START_S
-    while LocalState.read(plan.state_path).controller_pid != process.pid:
+    while LocalState.read(plans[-1].state_path).controller_pid == os.getpid():
         if process.poll() is not None or clock() > deadline:
             process.kill()
             process.wait()
-            initial_state(plan, pid=process.pid).write(plan.state_path)
+            for plan in plans:
+                initial_state(plan, pid=process.pid).write(plan.state_path)
             raise SchedulerError(
-                f"job {plan.job_id}: the embedded scheduler did not start "
+                f"job {', '.join(plan.job_id for plan in plans)}: the embedded scheduler did not start "
                 f"(exit code {process.returncode}); its log, {log_path}, ends:\n{log_path.read_text()[-2000:]}"
             )
         sleep(0.01)

@@ -175,7 +175,7 @@ def render_probe(config: Config, folder: Path) -> str:
                 "mem_gb": None if node_type.mem_gb is None else min(node_type.mem_gb, _MEMORY_GB),
             }
         ],
-        slurm={**config.slurm.model_dump(), "requeue": False},
+        slurm={"requeue": False},
     )
     options, inside = container_words(config.slurm.container, folder)
     return fill_in(

@@ -16,13 +16,14 @@ from hpc_resume.config import Config
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import Clock
 from hpc_resume.journal import read_events
+from hpc_resume.launch.chain import OVER
 from hpc_resume.launch.entry import Entry
-from hpc_resume.launch.handle import OVER, JobHandle, jobs_folder
+from hpc_resume.launch.handle import JobHandle, jobs_folder
 from hpc_resume.launch.submit import submit_entry
 from hpc_resume.policy.rehearsal import Interruption, Moment, Pace, save_every
 from hpc_resume.rundir import RunDirectory, checkpoint_step
 from hpc_resume.scheduler.local import LocalState, children_of, process_ticks, state_path
-from hpc_resume.settings import NodeType
+from hpc_resume.settings import BudgetSettings, NodeType
 
 #: Between two looks at the run.
 _POLL_S = 0.02
@@ -94,15 +95,16 @@ def settings_for(
         time_limit_s=None,
         node_types=node_types,
         # Interruptions that bring nothing are meant here; only what fails for ever must end.
-        budget={
-            "max_idle": len(plan) + 3,
-            "restarts_in_place": 0,  # each interruption has an allocation of its own, with its ranks and its grace
-            **dict.fromkeys(("crashes", "hangs", "out_of_memory", "node_failures", "preemptions")),
-        },
-        environment={
-            **config.environment.model_dump(),
-            "variables": {**config.environment.variables, **variables},
-        },
+        budget=BudgetSettings(
+            max_idle=len(plan) + 3,
+            restarts_in_place=0,  # each interruption has an allocation of its own, with its ranks and its grace
+            crashes=None,
+            hangs=None,
+            out_of_memory=None,
+            node_failures=None,
+            preemptions=None,
+        ),
+        environment={"variables": variables},
     )
 
 

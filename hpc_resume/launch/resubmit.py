@@ -17,8 +17,10 @@ from hpc_resume.launch.handle import job_of_attempt, latest_job
 from hpc_resume.launch.onemachine import clean_environment
 from hpc_resume.launch.script import node_type_options
 from hpc_resume.launch.submit import only
+from hpc_resume.provenance.running import take_source, what_changed
+from hpc_resume.provenance.source import read_source
+from hpc_resume.provenance.sources import Sources
 from hpc_resume.rundir import RunDirectory
-from hpc_resume.scheduler.base import UNKNOWN
 from hpc_resume.scheduler.queue import HOPELESS, SlurmQueue
 from hpc_resume.settings import NodeType
 
@@ -86,6 +88,37 @@ class Resubmission:
 
     # ---------------------------------------------------------------- submitting again
 
+    def refresh_source(self) -> str:
+        """Have the run's next attempts run the code as it is now; gives what changed, in words.
+
+        Raises
+        ------
+        UsageError
+            If its jobs run what is there when they start anyway, or one of them runs now.
+        SchedulerError
+            If Slurm does not say whether one runs.
+        """
+        sources = Sources.of(self._run)
+        before = sources.chosen()
+        if before is None:
+            raise UsageError(
+                f"{self._run.root}: its jobs run the code as it is when an attempt begins (environment.source=live); "
+                "there is no snapshot to take anew"
+            )
+        job_id, facts = self._chain.current()
+        if facts.state in UNFINISHED and facts.state != "PENDING":
+            raise UsageError(f"job {job_id} is {facts.state}: its ranks run the code that it has begun with")
+        if self._chain.unanswered(facts):
+            raise SchedulerError(f"job {job_id}: {facts.evidence}; the run's source is as it was; try again")
+        source = read_source(Path(before.root))
+        if source is None:
+            raise UsageError(
+                f"{before.root}: the project is not there any more; submit the run as you did before"
+            )
+        chosen = take_source(sources, source)
+        sources.choose(chosen)
+        return what_changed(self._run, before, chosen) or "nothing has changed"
+
     def resubmit(self) -> Answer:
         """Submit the run again, if it was interrupted and no job of it is alive; once, whoever else tries.
 
@@ -99,7 +132,7 @@ class Resubmission:
             return Answer(job_id=None, over=False, why=f"job {job_id} is {facts.state}")
         if over := self._over(job_id):
             return Answer(job_id=None, over=True, why=over)
-        if facts.state == UNKNOWN and not self._queue.forgotten(facts):
+        if self._chain.unanswered(facts):
             raise SchedulerError(f"job {job_id}: {facts.evidence}; nothing was submitted")
         if facts.state == "CANCELLED":
             return self._cancelled(job_id)

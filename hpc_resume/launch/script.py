@@ -12,26 +12,32 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hpc_resume._version import __version__
 from hpc_resume.config import Config
 from hpc_resume.errors import UsageError
 from hpc_resume.launch.software import container_words, software_lines
 from hpc_resume.scheduler.notes import NOTES
 from hpc_resume.settings import NodeType
+from hpc_resume.values import spell
 
 _TEMPLATE = "job.sbatch.j2"
 #: What a rank reads of the settings; the rest has served its purpose when the script is written.
 _SETTINGS_OF_RANKS = (
     "name",
     "seed",
+    "why",
+    "allow_config_change",
+    "allow_data_change",
+    "allow_drift",
+    "allow_precision_change",
     "warning_lead_s",
     "warning_signal",
     "continuation",
     "checkpoint",
     "stop",
     "budget",
+    "data",
+    "validation",
 )
 #: Source: sbatch(1), --signal.
 _LONGEST_LEAD_S = 65535
@@ -177,6 +183,7 @@ def render(
         check_options=" ".join(["--ntasks-per-node=1", "--kill-on-bad-exit=0", *options]),
         check_s=_CHECK_S,
         restarts=config.budget.restarts_in_place,
+        max_idle=config.budget.max_idle,
         least_s=math.ceil(config.warning_lead_s) + _WORTH_IT_S,
     )
 
@@ -348,7 +355,7 @@ def _settings_as_variables(config: Config) -> dict[str, str]:
 
 def _scalar(value: Any) -> str:
     """Write a value as the environment variable that is read back as that value."""
-    return str(yaml.safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("...\n").strip()
+    return spell(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 
 def _template(name: str) -> str:

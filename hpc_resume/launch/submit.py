@@ -19,7 +19,12 @@ from hpc_resume.launch.check import check_times
 from hpc_resume.launch.entry import CommandEntry, Entry, make_entry
 from hpc_resume.launch.handle import JobHandle, jobs_folder, live_job
 from hpc_resume.launch.onemachine import OneMachineExecutor, clean_environment
+from hpc_resume.launch.sourced import Moved, Project, SourcedEntry
+from hpc_resume.provenance.running import take_source, what_changed
+from hpc_resume.provenance.source import Source
+from hpc_resume.provenance.sources import Chosen, Sources
 from hpc_resume.rundir import RunDirectory
+from hpc_resume.settings import EntrySettings
 from hpc_resume.sweepdir import SweepDirectory
 
 
@@ -50,7 +55,7 @@ def submit(
         If something is missing or contradicts itself, or a job of this run is still alive; nothing has been
         written then.
     SchedulerError
-        If the scheduler refuses.
+        If the scheduler refuses, or does not say whether a job of this run is still alive.
     """
     return submit_entry(make_entry(target, kwargs), config, run_dir=run_dir, kwargs=kwargs)
 
@@ -61,18 +66,32 @@ def submit_entry(
     *,
     run_dir: str | Path | None,
     kwargs: Mapping[str, Any],
+    same_source: bool = False,
 ) -> JobHandle:
-    """Submit what :func:`~hpc_resume.launch.entry.make_entry` has checked; see :func:`submit`."""
+    """Submit what :func:`~hpc_resume.launch.entry.make_entry` has checked; see :func:`submit`.
+
+    Parameters
+    ----------
+    entry, config, run_dir, kwargs
+        As there.
+    same_source
+        Run what the run's jobs ran before, though the code is another one now.
+    """
     resolved = resolve(entry, config, run_dir=run_dir, kwargs=kwargs)
     run = RunDirectory(Path(resolved.run_dir))
     check_run_directory(run)
     _check_no_live_job(run.root)
     check_scheduler(resolved)
     warn_of_times(resolved)
+    before = Sources.of(run).chosen()
+    if same_source and before is None:
+        raise UsageError(f"{run.root}: no job of this run ran from a snapshot, so there is none to run again")
+    project = Project.of(entry, resolved) if not same_source else Project(start=None, source=None)
     run.create(resolved.name)
     jobs_folder(run.root).mkdir(exist_ok=True)
     config_path = resolved.store(run)
-    job_id = _send(entry, resolved, run, config_path)
+    chosen = before if same_source else _choose(run, project, before)
+    job_id = _send(project.bind(entry, run, chosen), resolved, run, config_path)
     job = JobHandle(
         job_id=job_id,
         scheduler=resolved.scheduler,
@@ -100,21 +119,21 @@ def resolve(
         settled = Config.load(overrides=config, environ=os.environ)
     else:
         settled = Config.load(config, environ=os.environ)
-    if settled.origin("name") == "default" and settled.name == "run":
-        settled = settled.replace(name=entry.run_name)
+    settled = settled.named(entry.run_name)
     if run_dir is not None:
         settled = settled.replace(run_dir=str(run_dir))
+    data = settled.data.anchored(Path.cwd())
+    if data != settled.data:
+        settled = settled.replace(data=data)
     return settled.replace(run_dir=str(settled.run_directory()), entry=recorded_entry(entry, kwargs))
 
 
-def recorded_entry(entry: Entry, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def recorded_entry(entry: Entry, kwargs: Mapping[str, Any]) -> EntrySettings:
     """Give what a run runs as the settings that record it."""
-    recorded: dict[str, Any] = {"kwargs": {key: _plain(value) for key, value in kwargs.items()}}
+    recorded = {key: _plain(value) for key, value in kwargs.items()}
     if isinstance(entry, CommandEntry):
-        recorded["command"] = entry.command
-    else:
-        recorded["target"] = entry.name
-    return recorded
+        return EntrySettings(command=entry.command, kwargs=recorded)
+    return EntrySettings(target=entry.name, kwargs=recorded)
 
 
 def check_scheduler(config: Config) -> None:
@@ -166,7 +185,50 @@ def _check_no_live_job(root: Path) -> None:
         )
 
 
-def _send(entry: Entry, config: Config, run: RunDirectory, config_path: Path) -> str:
+def _choose(run: RunDirectory, project: Project, before: Chosen | None) -> Chosen | None:
+    """Have the run's jobs run from the source as it is now, and say what of it is new."""
+    if project.source is None:
+        return None
+    chosen = take_source(Sources.of(run), project.source)
+    Sources.of(run).choose(chosen)
+    tell_source(project.source, what_changed(run, before, chosen))
+    return chosen
+
+
+def frozen_command(command: Sequence[str], config: Config) -> tuple[str, ...]:
+    """Keep the source of a command in its run's directory, and give the command that runs it from there.
+
+    Raises
+    ------
+    UsageError
+        If it has none, or it can't be kept; nothing has been written then.
+    """
+    entry, run = CommandEntry(command=tuple(command)), RunDirectory(Path(config.run_dir))
+    check_run_directory(run)
+    project = Project.of(entry, config)
+    if project.source is None:
+        raise UsageError(
+            f"{entry.name}: names no script or module of a project, so there is nothing to take a snapshot of; leave "
+            "environment.source=snapshot out"
+        )
+    before = Sources.of(run).chosen()
+    run.create(config.name)
+    chosen = _choose(run, project, before)
+    assert chosen is not None
+    moved = Moved(root=project.source.root, folder=Sources.of(run).check_out(chosen.digest)).entry(entry)
+    assert isinstance(moved, CommandEntry)
+    return moved.command
+
+
+def tell_source(source: Source, changes: str) -> None:
+    """Tell whoever submits what is not as usual about the source, and what is new."""
+    if source.note:
+        sys.stderr.write(f"hpc_resume: warning: {source.note}\n")
+    if changes:
+        sys.stderr.write(f"hpc_resume: the code is not what the run's last job ran: {changes}\n")
+
+
+def _send(entry: Entry | SourcedEntry, config: Config, run: RunDirectory, config_path: Path) -> str:
     """Hand the job to its scheduler; returns its id."""
     variables = {"HPC_RESUME_RUN_DIR": str(run.root), "HPC_RESUME_CONFIG": str(config_path)}
     if config.scheduler == "local":

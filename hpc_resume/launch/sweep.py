@@ -17,11 +17,13 @@ import yaml
 
 from hpc_resume.config import Config
 from hpc_resume.errors import SchedulerError, UsageError
+from hpc_resume.launch.chain import OVER
 from hpc_resume.launch.controller import Plan
 from hpc_resume.launch.entry import CommandEntry, FunctionEntry, make_entry
 from hpc_resume.launch.grid import Callee, Element, PlannedRun, elements_of
-from hpc_resume.launch.handle import OVER, JobHandle, find_jobs, jobs_folder, states_of
+from hpc_resume.launch.handle import JobHandle, find_jobs, jobs_folder, states_of
 from hpc_resume.launch.onemachine import OneMachineExecutor, clean_environment, hold, new_job_id
+from hpc_resume.launch.sourced import Project
 from hpc_resume.launch.submit import (
     check_run_directory,
     check_scheduler,
@@ -29,9 +31,12 @@ from hpc_resume.launch.submit import (
     only,
     recorded_entry,
     resolve,
+    tell_source,
     warn_of_times,
 )
 from hpc_resume.launch.waitlist import start_waitlist
+from hpc_resume.provenance.running import take_source
+from hpc_resume.provenance.sources import Sources
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.scheduler.arrays import SlurmArrays, is_submit_limit
 from hpc_resume.sweepdir import SweepDirectory
@@ -145,6 +150,7 @@ def submit_sweep(
     live = _live(jobs, slurm)
     done = {each.element.name for each in planned if _is_done(each, jobs[each.element.name], finished)} - live
     to_do = [each for each in planned if each.element.name not in live | done]
+    project = Project.of(entries[0], resolved)
     if resolved.scheduler == "slurm" and to_do:
         largest = slurm.largest_array()
 
@@ -165,11 +171,26 @@ def submit_sweep(
     )
     if not to_do:
         return submission
+    to_do = _sourced(sweep, to_do, project)
     if resolved.scheduler == "local":
         return dataclasses.replace(submission, jobs=_send_here(sweep, resolved, to_do))
     sent, why_left = _send_to_slurm(sweep, resolved, to_do, largest)
     left = tuple(each.element.name for each in to_do if each.element.name not in sent)
     return dataclasses.replace(submission, jobs=sent, left=left, why_left=why_left)
+
+
+def _sourced(sweep: SweepDirectory, runs: Sequence[PlannedRun], project: Project) -> list[PlannedRun]:
+    """Have the runs run from one snapshot, which lies in the array's folder."""
+    chosen = None
+    if project.source is not None:
+        chosen = take_source(Sources.of(RunDirectory(sweep.root)), project.source, shared=True)
+        for each in runs:
+            Sources.of(each.run).choose(chosen)
+        tell_source(project.source, "")
+    return [
+        dataclasses.replace(each, entry=project.bind(each.entry, each.run, chosen))  # type: ignore[arg-type]
+        for each in runs
+    ]
 
 
 def _entries(

@@ -18,9 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from hpc_resume.errors import SchedulerError
 from hpc_resume.launch.controller import Plan, initial_state
-from hpc_resume.launch.onemachine import START_S, spawn_detached
+from hpc_resume.launch.onemachine import hand_over, spawn_detached
 from hpc_resume.scheduler.local import UNFINISHED, LocalState
 
 _POLL_S = 1 / 8
@@ -117,21 +116,7 @@ def start_waitlist(
     """
     path.write_text(json.dumps({"plans": [str(plan.path) for plan in plans], "at_once": at_once}, indent=1))
     log_path = path.with_suffix(".log")
-    process = spawn_detached("hpc_resume.launch.waitlist", path, log_path)
-    deadline = clock() + START_S
-    # The last one is taken over last.
-    while LocalState.read(plans[-1].state_path).controller_pid == os.getpid():
-        if process.poll() is not None or clock() > deadline:
-            process.kill()
-            process.wait()
-            for plan in plans:
-                initial_state(plan, pid=process.pid).write(plan.state_path)
-            raise SchedulerError(
-                f"the embedded scheduler did not start (exit code {process.returncode}); its log, {log_path}, "
-                f"ends:\n{log_path.read_text()[-2000:]}"
-            )
-        sleep(0.01)
-    process.returncode = 0  # it outlives us: no warning that a child still runs
+    hand_over("hpc_resume.launch.waitlist", path, log_path, plans, clock=clock, sleep=sleep)
 
 
 def _start_controller(plan: Plan) -> Controlling:

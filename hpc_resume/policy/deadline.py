@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-from hpc_resume.policy.saving import SAFE_PART
+from hpc_resume.policy.saving import SAFE_PART, patience_s
 
 #: Scatter of a save's time until it is measured, and how many measurements that guess counts for.
 _SIGMA = 0.35
@@ -30,6 +30,8 @@ _UNMEASURED_S = 60.0
 _UNMEASURED_PART = 0.25
 #: So many of the newest steps tell how long one takes.
 _STEPS = 256
+#: Longest time that a save is waited for where none was measured: a large state on a slow filesystem takes its time.
+_SAVE_S = 3600.0
 #: A save faster or slower than these quantiles is not reckoned with.
 _FASTEST, _SLOWEST = 0.05, 0.95
 
@@ -244,3 +246,14 @@ def patience(
     save = SaveTime.fit(saves_s)
     fastest_s = 0.0 if save is None else save.quantile_s(_FASTEST)
     return Patience(leave_s=max(last_s - max(fastest_s, LAST_WORD_S), 0.0), give_up_s=last_s)
+
+
+def save_limit_s(saves_s: Sequence[float]) -> float:
+    """Tell how long a save may take, with a signal to stop waiting for its end, before it counts as one that hangs.
+
+    Parameters
+    ----------
+    saves_s
+        Measured saves.
+    """
+    return patience_s(max(saves_s), None) if saves_s else _SAVE_S

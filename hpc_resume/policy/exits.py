@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -48,11 +49,18 @@ def after_exit(exit_codes: Sequence[int]) -> Outcome:
         number = exit_codes[killed[0]]
         return Outcome(
             decision="continue",
-            why=f"{_ranks(killed)} killed by signal {-number if number < 0 else number - 128}",
+            why=f"{_ranks(killed)} killed by signal {_signal(-number if number < 0 else number - 128)}",
         )
     if failed:
         return Outcome(decision="stop", why=f"{_ranks(failed)} failed with exit code {exit_codes[failed[0]]}")
     return Outcome(decision="done", why="all ranks finished")
+
+
+def _signal(number: int) -> str:
+    try:
+        return f"{number} ({signal.Signals(number).name})"
+    except ValueError:
+        return str(number)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -22,6 +22,10 @@ class Candidate:
         Names of earlier ones in which bytes of it lie.
     size_bytes
         Of its own shards.
+    set_aside
+        A rollback says that the run does not go on from it.
+    jumped
+        Its norms are far from those before: some runs do not go on from it.
     """
 
     name: str
@@ -30,6 +34,8 @@ class Candidate:
     valid: bool
     refers: tuple[str, ...]
     size_bytes: int
+    set_aside: bool = False
+    jumped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +61,7 @@ def plan_retention(
     keep: int,
     every_steps: int | None = None,
     pinned: Collection[str] = (),
+    drop_set_aside: bool = False,
 ) -> RetentionPlan:
     """Decide what to keep of a run's checkpoints.
 
@@ -68,6 +75,9 @@ def plan_retention(
         Keep each full one whose step is a multiple of this, too.
     pinned
         Names to keep in any case.
+    drop_set_aside
+        Delete what a rollback has set aside, unless it is pinned or referred to; without it, that is kept. It
+        never counts as one of the newest, nor as one of every k-th step.
 
     Raises
     ------
@@ -87,12 +97,17 @@ def plan_retention(
     """
     if keep < 1 or (every_steps is not None and every_steps < 1):
         raise ValueError(f"keep={keep}, every_steps={every_steps}: at least 1")
-    sound = [each for each in newest_first if each.full and each.valid]
+    sound = [each for each in newest_first if each.full and each.valid and not each.set_aside]
     why: dict[str, str] = {}
     for place, each in enumerate(sound[:keep]):
         why[each.name] = "newest full one" if place == 0 else f"one of the newest {keep}"
+    steady = next((each for each in sound if not each.jumped), None)
+    if steady is not None:
+        why.setdefault(steady.name, "newest full one whose norms have not jumped")
     for each in newest_first:
         reason = _reason(each, sound[0] if sound else None, every_steps, pinned)
+        if each.set_aside and reason not in _FOR_ALL:
+            reason = "" if drop_set_aside else "set aside by a rollback"
         if reason and each.name not in why:
             why[each.name] = reason
     by_name = {each.name: each for each in newest_first}
@@ -106,6 +121,10 @@ def plan_retention(
         remove=_referring_first([each for each in newest_first if each.name not in why]),
         keep={each.name: why[each.name] for each in newest_first if each.name in why},
     )
+
+
+#: Reasons that hold for what is set aside, too.
+_FOR_ALL = frozenset({"no full one is whole", "pinned", "damaged, kept for inspection"})
 
 
 def _reason(

@@ -166,7 +166,10 @@ def decide(
         A random number in [0, 1), so that runs that failed together do not come back together.
     """
     if now.cause == "cancel":
-        return Decision(action="stop", why="a person cancelled it, and a cancel is for good")
+        return Decision(
+            action="stop",
+            why="a person cancelled it, and a cancel is for good until a person starts it again",
+        )
     if mistake:
         return Decision(
             action="stop",

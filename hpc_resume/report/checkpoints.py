@@ -9,12 +9,20 @@ from pathlib import Path
 from hpc_resume.checkpoint.manifest import Manifest, read_manifest
 from hpc_resume.errors import CheckpointNotFound, IntegrityError
 from hpc_resume.files import JsonObject
+from hpc_resume.lineage import read_lineage
+from hpc_resume.provenance.datarecord import DataRecord
+from hpc_resume.rollbacks import active_names, set_aside
 from hpc_resume.rundir import RunDirectory, checkpoint_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSummary:
-    """One checkpoint; only ``name`` and ``step`` are known of one whose manifest is damaged (``problem``)."""
+    """One checkpoint; only ``name`` and ``step`` are known of one whose manifest is damaged (``problem``).
+
+    ``set_aside`` says why the run does not go on from it, if a person rolled it back; ``shared`` which run it was
+    forked from with it.
+    ``held_back`` says what is not finite in it: then it is not resumed from.
+    """
 
     name: str
     step: int
@@ -28,6 +36,10 @@ class CheckpointSummary:
     size_bytes: int | None = None
     created: float | None = None
     parent: str | None = None
+    set_aside: str | None = None
+    shared: str | None = None
+    data: str | None = None
+    held_back: str = ""
 
     def to_json(self) -> JsonObject:
         """JSON form, with the fields' names."""
@@ -45,12 +57,37 @@ def list_checkpoints(root: Path) -> list[CheckpointSummary]:
     run = RunDirectory(root)
     run.identity()
     found = []
+    aside, shared = why_set_aside(run), shared_with(run)
     for name in run.checkpoint_names():
         try:
-            found.append(_summary(name, read_manifest(run.checkpoints / name)))
+            summary = _summary(name, read_manifest(run.checkpoints / name))
         except (IntegrityError, FileNotFoundError) as error:
-            found.append(CheckpointSummary(name=name, step=checkpoint_step(name), problem=str(error)))
+            summary = CheckpointSummary(name=name, step=checkpoint_step(name), problem=str(error))
+        found.append(dataclasses.replace(summary, set_aside=aside.get(name), shared=shared.get(name)))
     return found
+
+
+def why_set_aside(run: RunDirectory) -> dict[str, str]:
+    """Tell of the checkpoints that a run does not go on from, by name, why it does not.
+
+    Raises
+    ------
+    IntegrityError
+        If that is not known.
+    """
+    return {name: each.sentence for name, each in set_aside(run).items()}
+
+
+def shared_with(run: RunDirectory) -> dict[str, str]:
+    """Tell of the checkpoints that a fork began with, by name, where it comes from.
+
+    Raises
+    ------
+    IntegrityError
+        If that is not known.
+    """
+    lineage = read_lineage(run)
+    return {} if lineage is None else dict.fromkeys(lineage.shared, lineage.sentence)
 
 
 def find_checkpoint(root: Path, step: int | None) -> tuple[str, Manifest]:
@@ -66,7 +103,10 @@ def find_checkpoint(root: Path, step: int | None) -> tuple[str, Manifest]:
     run = RunDirectory(root)
     run.identity()
     names = run.checkpoint_names()
-    fitting = [name for name in names if step is None or checkpoint_step(name) == step]
+    active = active_names(run)
+    # Of a step, too, what the run may go on from comes before what is set aside.
+    ordered = active if step is None else [name for name in names if name not in active] + active
+    fitting = [name for name in ordered if step is None or checkpoint_step(name) == step]
     if not fitting:
         there = ", ".join(str(checkpoint_step(name)) for name in names) or "none at all"
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -74,17 +114,30 @@ def find_checkpoint(root: Path, step: int | None) -> tuple[str, Manifest]:
     return fitting[-1], read_manifest(run.checkpoints / fitting[-1])
 
 
-def describe(name: str, manifest: Manifest) -> JsonObject:
-    """Tell what is in a checkpoint: where it was written, its tensors, its other state's names."""
+def describe(
+    name: str, manifest: Manifest, *, set_aside: str | None = None, shared: str | None = None
+) -> JsonObject:
+    """Tell what is in a checkpoint: where it was written, its tensors, its other state's names.
+
+    Parameters
+    ----------
+    name, manifest
+        The checkpoint.
+    set_aside
+        Why the run does not go on from it; see :func:`why_set_aside`.
+    shared
+        Which run it comes from; see :func:`shared_with`.
+    """
     objects = manifest.objects
     return {
-        **_summary(name, manifest).to_json(),
+        **dataclasses.replace(_summary(name, manifest), set_aside=set_aside, shared=shared).to_json(),
         "run_id": manifest.run_id,
         "content_id": manifest.content_id,
         "samples": manifest.samples,
         "config": manifest.config,
         "environment": manifest.environment,
         "costs": manifest.costs,
+        "health": manifest.health.to_json(),
         "refers": list(manifest.refers),
         "missing_ranks": list(manifest.missing_ranks),
         "tensors": {
@@ -119,4 +172,6 @@ def _summary(name: str, manifest: Manifest) -> CheckpointSummary:
         size_bytes=manifest.size_bytes,
         created=manifest.created,
         parent=manifest.parent,
+        data=DataRecord.from_json(manifest.environment.get("data")).digest,
+        held_back=manifest.health.told,
     )

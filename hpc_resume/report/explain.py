@@ -29,6 +29,8 @@ _CAUSES = {
     "signal": "a signal of which the scheduler knows nothing",
     "done": "itself: all steps are done",
     "no_progress": "itself, at once: the attempts before it made no progress",
+    "refused": "itself: it refused to go on as things stand",
+    "declined": "itself, at once: these nodes do not fit it",
     "unknown": "something unknown",
 }
 
@@ -156,6 +158,9 @@ def _attempt(each: AttemptStatus) -> Iterator[str]:
     else:
         again = f", of which the next attempt did {each.steps_lost} again" if each.steps_lost else ""
         yield f"from step {each.first_step} to step {each.last_step}{again}"
+    for told in each.drift:
+        yield f"not as when its checkpoint was saved: {told}"
+    yield from each.remarks
     if each.cause is None:
         return
     yield f"ended by {_CAUSES.get(each.cause, each.cause)}"
@@ -180,7 +185,7 @@ def _where(each: AttemptStatus) -> str:
 
 def _decided(each: AttemptStatus) -> str:
     if each.decision is None:
-        return "decided nothing: it had no time for a last word, and the next attempt went on from what was saved"
+        return "decided nothing: it had no time for a last word; what was saved by then is what the next one goes on from"
     what = "to go on" if each.decision == "continue" else "to stop"
     how = [
         f"after {duration_text(each.delay_s)}" if each.delay_s else "",
@@ -195,7 +200,7 @@ def _outlook(found: RunStatus, look_up: Callable[[str], JobFacts]) -> Iterator[s
     saved = (
         f"it goes on from step {checkpoint_step(found.newest)} ({found.newest})"
         if found.newest
-        else "no checkpoint was committed, so it begins anew"
+        else "no checkpoint is there to go on from, so it begins anew"
     )
     last = found.attempts[-1] if found.attempts else None
     if found.state == "done":
@@ -213,6 +218,7 @@ def _outlook(found: RunStatus, look_up: Callable[[str], JobFacts]) -> Iterator[s
     else:
         yield found.why
         yield f"when it is mended, submit it again: {saved}"
+    yield from found.branching
 
 
 def _pending(job_id: str, facts: JobFacts, saved: str) -> Iterator[str]:
@@ -228,4 +234,4 @@ def _pending(job_id: str, facts: JobFacts, saved: str) -> Iterator[str]:
 
 
 def _line(text: str) -> str:
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+    return printable(" | ".join(filter(None, map(str.strip, text.splitlines())))).replace("\t", "\\t")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hpc_resume.files import JsonObject
 from hpc_resume.journal import read_events
+from hpc_resume.rollbacks import read_rollbacks, standing
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.untrusted import open_regular
 
@@ -46,7 +47,8 @@ def read_metrics(root: Path) -> list[MetricRow]:
     Returns
     -------
     list of MetricRow
-        By ascending step, each step once.
+        By ascending step, each step once. Steps that a rollback has taken back are left out until they are done
+        again.
 
     Raises
     ------
@@ -56,8 +58,12 @@ def read_metrics(root: Path) -> list[MetricRow]:
     run = RunDirectory(root)
     run.identity()
     rows: dict[int, MetricRow] = {}
+    rollbacks = standing(read_rollbacks(run))
     for attempt in run.attempt_numbers():
+        until = min((each.step for each in rollbacks if each.after >= attempt), default=None)
         for step, samples in _by_step(run.attempt(attempt)).items():
+            if until is not None and step >= until:
+                continue
             means = {name: sum(values) / len(values) for name, values in samples.items()}
             rows[step] = MetricRow(step=step, attempt=attempt, values=means)
     return [rows[step] for step in sorted(rows)]

@@ -163,8 +163,14 @@ def causes(found: Comparison, untracked: Sequence[str]) -> Iterator[str]:
     untracked
         What the script has that has a state and is not tracked.
     """
-    if untracked:
-        yield f"not tracked, though it has a state: {', '.join(untracked)}; give it to run.track(…)"
+    kept = [name for name in untracked if ".dataset" in name.partition(" ")[0]]
+    if forgotten := [name for name in untracked if name not in kept]:
+        yield f"not tracked, though it has a state: {', '.join(forgotten)}; give it to run.track(…)"
+    if kept:
+        yield (
+            f"kept by a dataset for itself, and begun anew by each worker and attempt: {', '.join(kept)}; draw from "
+            "random, np.random or torch in __getitem__, or from np.random.default_rng(hr.sample_key())"
+        )
     names = [each.name for each in found.values]
     if any(name.rpartition("/")[2] in {"lr", "last_epoch", "_last_lr"} for name in names):
         yield "the learning rate differs: is its scheduler tracked?"

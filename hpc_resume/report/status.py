@@ -9,10 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_resume.checkpoint.manifest import read_manifest
 from hpc_resume.errors import IntegrityError
 from hpc_resume.files import Clock, JsonObject
 from hpc_resume.journal import read_events
+from hpc_resume.lineage import read_lineage
 from hpc_resume.report.metrics import last_row
+from hpc_resume.report.remarks import REMARKS, remark
+from hpc_resume.rollbacks import active_names, read_rollbacks, standing
 from hpc_resume.rundir import RunDirectory, checkpoint_step
 from hpc_resume.scheduler.cause import Cause
 from hpc_resume.scheduler.local import LocalState, process_ticks, state_path
@@ -50,12 +54,16 @@ class AttemptStatus:
         How it was to go on; see :class:`~hpc_resume.policy.decision.Decision`.
     diagnosed_by
         The attempt that found the cause out afterwards; ``None`` if it is this one's own word.
+    remarks
+        What it found about states and checkpoints that a person should look at.
+    drift
+        What was not as when its checkpoint was taken, what is harmless aside.
     started, ended
         Unix seconds.
     first_step, last_step
         Completed steps at its start and at its end; ``None`` if it never got that far.
     steps_lost
-        Steps that the next attempt did again.
+        Steps that the next attempt did again; after the last one, those that a next one would.
     """
 
     attempt: int
@@ -79,6 +87,8 @@ class AttemptStatus:
     exclude: tuple[str, ...]
     move_on: bool
     diagnosed_by: int | None
+    remarks: tuple[str, ...] = ()
+    drift: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +107,10 @@ class RunStatus:
     last_sign
         Unix time of the last entry of the journal.
     newest
-        Name of the newest checkpoint.
+        Name of the checkpoint that a resume would take: the newest that is whole and finite, else one that can't be
+        read from here.
+    branching
+        Where it was forked from, and how it was rolled back, a line each.
     """
 
     run_id: str
@@ -110,6 +123,7 @@ class RunStatus:
     checkpoints: tuple[str, ...]
     newest: str | None
     last_sign: float | None
+    branching: tuple[str, ...] = ()
 
     def to_json(self) -> JsonObject:
         """JSON form, with the fields' names."""
@@ -135,31 +149,56 @@ def status(root: Path, *, clock: Clock = time.time) -> RunStatus:
     identity = run.identity()
     traces = [_Trace(run, number) for number in run.attempt_numbers()]
     names = run.checkpoint_names()
+    rollbacks, lineage, active = read_rollbacks(run), read_lineage(run), active_names(run)
+    last = traces[-1].number if traces else 0
+    back = [each for each in standing(rollbacks) if each.after == last]
     alive, state, why = _state(run, traces, clock())
+    if back and state in {"done", "failed", "cancelled", "interrupted"}:
+        state, why = "interrupted", f"{back[-1].sentence}; start or submit it again"
     diagnoses = {
         event["attempt"]: (trace.number, event)
         for trace in traces
         for event in trace.events
         if event.get("event") == "diagnosed" and isinstance(event.get("attempt"), int)
     }
+    newest = _newest(run, active)
+    # Where a next attempt would begin, if there is to be one and none has begun.
+    would = None if alive or state == "done" else checkpoint_step(newest) if newest else 0
     attempts = []
     for place, trace in enumerate(traces):
         over = place < len(traces) - 1 or not alive
-        next_first = _next_first_step(traces[place + 1 :])
+        next_first = _next_first_step(traces[place + 1 :], would)
+        # What a person set aside is not lost; what had not been saved by then is.
+        until = [each.newest_step for each in standing(rollbacks) if each.after == trace.number]
+        next_first = max(until) if until else next_first
         attempts.append(trace.status(over=over, next_first=next_first, diagnosis=diagnoses.get(trace.number)))
     known = [trace.last_step for trace in traces if trace.last_step is not None]
+    steps = ([] if back else known[-1:]) or [checkpoint_step(name) for name in active[-1:]] or [0]
     return RunStatus(
         run_id=identity["run_id"],
         name=str(identity.get("name", root.name)),
         state=state,
         why=why,
-        step=known[-1] if known else checkpoint_step(names[-1]) if names else 0,
+        step=steps[0],
         attempts=tuple(attempts),
         steps_lost=sum(attempt.steps_lost for attempt in attempts),
         checkpoints=tuple(names),
-        newest=names[-1] if names else None,
+        newest=newest,
         last_sign=traces[-1].last_sign if traces else None,
+        branching=(*([lineage.sentence] if lineage else []), *(each.sentence for each in rollbacks)),
     )
+
+
+def _newest(run: RunDirectory, names: Sequence[str]) -> str | None:
+    """Name the checkpoint that a resume would take; the newest that can't be read where no other serves."""
+    unread = None
+    for name in reversed(names):
+        try:
+            if read_manifest(run.checkpoints / name).resumable:
+                return name
+        except IntegrityError:
+            unread = unread or name
+    return unread
 
 
 class _Trace:
@@ -233,7 +272,14 @@ class _Trace:
             exclude=tuple(map(str, exclude if isinstance(exclude, list) else ())),
             move_on=ended.get("move_on") is True,
             diagnosed_by=by,
+            remarks=tuple(remark(event) for event in self.events if event.get("event") in REMARKS),
+            drift=self._drift(),
         )
+
+    def _drift(self) -> tuple[str, ...]:
+        told = _last(self.events, {"drift"}) or {}
+        lists = (told.get("stop"), told.get("look"))
+        return tuple(str(each) for found in lists if isinstance(found, list) for each in found)
 
 
 def _state(run: RunDirectory, traces: Sequence[_Trace], now_s: float) -> tuple[bool, str, str]:
@@ -247,9 +293,8 @@ def _state(run: RunDirectory, traces: Sequence[_Trace], now_s: float) -> tuple[b
         return False, state, str(ended.get("why", ""))
     job = _local_job(run, last)
     if job is not None:
-        return _state_by_job(
-            job, restart_count=last.record.get("restart_count") if last and not ended else None
-        )
+        count = None if last is None or ended else last.record.get("restart_count", job.restarts)
+        return _state_by_job(job, restart_count=count)
     if last is None:
         return False, "waiting", "no attempt has begun"
     if ended:
@@ -297,8 +342,8 @@ def _process_alive(record: JsonObject) -> bool | None:
     return process_ticks(int(pid)) is not None
 
 
-def _next_first_step(later: Iterable[_Trace]) -> int | None:
-    return next((trace.first_step for trace in later if trace.first_step is not None), None)
+def _next_first_step(later: Iterable[_Trace], would: int | None) -> int | None:
+    return next((trace.first_step for trace in later if trace.first_step is not None), would)
 
 
 def _last(events: Sequence[JsonObject], kinds: set[str]) -> JsonObject | None:

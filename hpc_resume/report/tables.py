@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from hpc_resume.checkpoint.health import Health
 from hpc_resume.checkpoint.manifest import MODEL
 from hpc_resume.files import JsonObject
 from hpc_resume.policy.recommendation import Recommendation
 from hpc_resume.policy.retention import RetentionPlan
+from hpc_resume.provenance.datarecord import DataRecord
 from hpc_resume.provenance.finding import Finding
 from hpc_resume.report.checkpoints import CheckpointSummary
 from hpc_resume.report.status import AttemptStatus, RunStatus
@@ -87,14 +89,37 @@ def status_table(status: RunStatus, *, now_s: float | None = None) -> Table:
 
 
 def checkpoint_table(title: str, checkpoints: Sequence[CheckpointSummary]) -> Table:
-    """Show a run's checkpoints."""
+    """Show a run's checkpoints; their data, too, if one of them says what it was."""
+    columns: tuple[str, ...] = (
+        "step",
+        "checkpoint",
+        "why",
+        "ranks",
+        "node type",
+        "size",
+        "attempt",
+        "written",
+    )
+    rows = [_checkpoint_row(each) for each in checkpoints]
+    if any(each.data is not None for each in checkpoints):
+        columns = (*columns, "data")
+        rows = [(*row, (each.data or "")[:8]) for row, each in zip(rows, checkpoints, strict=True)]
     return Table(
         title=title,
-        columns=("step", "checkpoint", "why", "ranks", "node type", "size", "attempt", "written"),
+        columns=columns,
         right=("step", "ranks", "size", "attempt"),
-        rows=tuple(_checkpoint_row(each) for each in checkpoints),
+        rows=tuple(rows),
         note="\n".join(
-            f"step {each.step}: {_model_only(each.note)}" for each in checkpoints if _partial(each)
+            [
+                *(f"step {each.step}: {_model_only(each.note)}" for each in checkpoints if _partial(each)),
+                *(
+                    f"step {each.step}: {_not_finite(each.held_back)}"
+                    for each in checkpoints
+                    if each.held_back
+                ),
+                *dict.fromkeys(each.shared for each in checkpoints if each.shared),
+                *dict.fromkeys(each.set_aside for each in checkpoints if each.set_aside),
+            ]
         ),
     )
 
@@ -159,11 +184,40 @@ def _remarks(described: JsonObject) -> Iterator[str]:
         yield f"besides: {', '.join(described['objects'])}"
     if described["content"] == MODEL:
         yield _model_only(described["note"])
+    if data := DataRecord.from_json(described["environment"].get("data")):
+        yield f"trained on: {data.sentence()}"
+    yield from _health(described["health"])
     if described["missing_ranks"]:
         ranks = ", ".join(map(str, described["missing_ranks"]))
         yield f"ranks that died while it was saved: {ranks}; others wrote what they held alike"
+    if described["set_aside"]:
+        yield f"set aside: {described['set_aside']}"
+    if described["shared"]:
+        yield described["shared"]
     if described["refers"]:
         yield f"unchanged bytes lie in: {', '.join(described['refers'])}"
+
+
+def _health(health: JsonObject) -> Iterator[str]:
+    if told := Health.from_json(health).told:
+        yield _not_finite(told)
+    if noticed := health.get("noticed"):
+        yield f"NaN, in no parameter: {', '.join(noticed)}"
+    for module, norm in health.get("norms", {}).items():
+        before = health.get("jumped", {}).get(module)
+        yield f"norm of {module}: {norm:.6g}" + (
+            "" if before is None else f", after {before:.6g} before: look at it"
+        )
+    if probe := health.get("probe"):
+        ranks = probe["values"]
+        values = ", ".join(f"{name} {value}" for name, value in ranks[0].items())
+        yield f"the probe gave {values}" + (
+            "" if len(ranks) == 1 else f" on rank 0, and others on {len(ranks) - 1} more"
+        )
+
+
+def _not_finite(what: str) -> str:
+    return f"not finite: {what}; it is not resumed from"
 
 
 def _partial(each: CheckpointSummary) -> bool:
@@ -193,13 +247,25 @@ def _checkpoint_row(each: CheckpointSummary) -> tuple[str, ...]:
     return (
         str(each.step),
         each.name,
-        f"{each.reason or ''}{', model only' if _partial(each) else ''}",
+        ", ".join(_marks(each)),
         _text(each.world_size),
         _text(each.node_type),
         size_text(each.size_bytes or 0),
         _text(each.attempt),
         time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.created or 0)),
     )
+
+
+def _marks(each: CheckpointSummary) -> Iterator[str]:
+    yield each.reason or ""
+    if _partial(each):
+        yield "model only"
+    if each.held_back:
+        yield "held back"
+    if each.shared:
+        yield "from the fork's parent"
+    if each.set_aside:
+        yield "set aside"
 
 
 def _attempt_row(attempt: AttemptStatus, now_s: float) -> tuple[str, ...]:
@@ -218,9 +284,10 @@ def _attempt_row(attempt: AttemptStatus, now_s: float) -> tuple[str, ...]:
 
 
 def _note(status: RunStatus) -> str:
-    if status.state in {"done", "running"}:
-        return ""
-    return status.why
+    lines = [] if status.state in {"done", "running"} else [status.why]
+    if status.state == "interrupted" and status.newest:
+        lines[0] += f"; it goes on from step {checkpoint_step(status.newest)}"
+    return "\n".join([*lines, *status.branching])
 
 
 def duration_text(seconds: float) -> str:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _CLOSE = "close"
 #: Number of steps of a rank that has restored nothing yet: an appointment there is due everywhere.
 NOT_BEGUN = -1
+#: Rank 0 decides; the others wait so much longer for its word, so that none leaves just as it comes.
+FOLLOW_S = 5.0
 #: One wait for a request; then the thread waits again.
 _PATIENCE = dt.timedelta(hours=1)
 
@@ -62,7 +64,7 @@ class Agreement:
     rank, world_size
         This process's place.
     patience_s
-        How long the answers may take before the ranks that miss are given up.
+        How long the answers may take before the ranks that miss are given up, on rank 0, which collects them.
     on_request
         Called on the thread with kind and details of each request, before it is agreed on.
     on_failure
@@ -217,5 +219,5 @@ class Agreement:
             store.wait(keys, self._patience)
             store.set(f"step/{number}", str(max(int(store.get(key)) for key in keys)))
         else:
-            store.wait([f"step/{number}"], self._patience)
+            store.wait([f"step/{number}"], self._patience + dt.timedelta(seconds=FOLLOW_S))
         return int(store.get(f"step/{number}"))

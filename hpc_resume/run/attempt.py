@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hpc_resume import log
 from hpc_resume.checkpoint.commit import claim_attempt, finish_earlier_commits
 from hpc_resume.config import Config
 from hpc_resume.files import DISK, Clock, JsonObject
 from hpc_resume.journal import Journal
 from hpc_resume.policy.retry import History
-from hpc_resume.provenance.environment import describe_environment
+from hpc_resume.provenance.environment import describe_environment, essentials
+from hpc_resume.provenance.running import describe_source, remark
+from hpc_resume.run.configlog import ConfigLog, given_arguments, known_rollbacks
 from hpc_resume.run.history import diagnoses, earlier_attempts, history
 from hpc_resume.run.memory import OomKills
-from hpc_resume.rundir import RunDirectory, sealed
+from hpc_resume.rundir import RunDirectory, checkpoint_step, sealed
 from hpc_resume.scheduler.base import Scheduler
 from hpc_resume.scheduler.environment import JobEnvironment
 
@@ -36,12 +40,18 @@ class AttemptFacts:
         What kind of node it runs on, if that is known.
     history
         What came before.
+    described
+        What checkpoints say of the environment and the source.
+    newest_step
+        Step of the newest checkpoint when it began; 0 without one.
     """
 
     number: int
     run_id: str
     node_type: str | None
     history: History
+    described: JsonObject = field(default_factory=dict)
+    newest_step: int = 0
 
     def to_json(self) -> JsonObject:
         """JSON form."""
@@ -71,12 +81,18 @@ def begin_attempt(
     *,
     nodes: list[str],
     clock: Clock,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[AttemptFacts, Journal]:
     """Claim the next attempt on rank 0, fence off earlier ones, and finish what they left ready to commit.
 
-    What ended those that could not say so themselves is found out, and written down.
+    What ended those that could not say so themselves is found out, and written down; and so is what a person has
+    changed since: settings, the step to go on from.
     """
     identity = run.create(config.name, clock=clock)
+    # Before the claim: it may take a second, and an attempt without a record looks like one that was killed.
+    environment_record, source = describe_environment(), describe_source(run, os.environ)
+    if told := remark(source):
+        log.say(f"warning: {told}")
     number = claim_attempt(run)
     config.store(run)
     # The scheduler first: what the launcher says may be what was asked for before a requeue elsewhere.
@@ -94,7 +110,9 @@ def begin_attempt(
         "world_size": environment.world_size,
         "started": clock(),
         "config": config.digest(),
-        "environment": describe_environment(),
+        **given_arguments(config),
+        "environment": environment_record,
+        "source": source,
     }
     DISK.write_file(run.attempt(number) / "attempt.json", sealed(record))
     journal = Journal(run.attempt(number) / "events.jsonl", clock=clock)
@@ -110,6 +128,8 @@ def begin_attempt(
             evidence=verdict.evidence,
             nodes=list(verdict.nodes),
         )
+    rollbacks = known_rollbacks(run, journal)
+    ConfigLog(run=run, config=config).begin(earlier, rollbacks, record, journal, say)
     committed, refused = finish_earlier_commits(run)
     for name in committed:
         journal.event("finished_commit", checkpoint=name)
@@ -120,6 +140,17 @@ def begin_attempt(
         number=number,
         run_id=identity["run_id"],
         node_type=node_type,
-        history=history(earlier, found, chain=environment.chain, further_types=further_types),
+        history=history(
+            earlier,
+            found,
+            chain=environment.chain,
+            further_types=further_types,
+            rolled_back_after={each.after for each in rollbacks},
+        ),
+        described={
+            **essentials(environment_record),
+            **({"source": source["digest"]} if "digest" in source else {}),
+        },
+        newest_step=max(map(checkpoint_step, run.checkpoint_names()), default=0),
     )
     return facts, journal

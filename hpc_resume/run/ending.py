@@ -104,6 +104,11 @@ class LastWord:
         self._journal = journal
         self._facts = facts
 
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt."""
+        return self._facts.number
+
     def why_spent(self, first_step: int) -> str | None:
         """Tell why an attempt that begins at this step must not be tried, or ``None``."""
         return why_spent(in_vain(self._facts.history.past, first_step), self._config.budget)

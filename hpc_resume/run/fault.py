@@ -17,13 +17,24 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import DistError
 
-from hpc_resume.errors import BudgetSpent, FencedError, HpcResumeError, RendezvousError, SaveError
-from hpc_resume.files import DISK, JsonObject, may_pass
+from hpc_resume.errors import (
+    EXIT_CONTINUE,
+    EXIT_CORRUPT,
+    EXIT_DONE,
+    EXIT_NOTHING,
+    EXIT_USAGE,
+    BudgetSpent,
+    FencedError,
+    HpcResumeError,
+    IntegrityError,
+    RendezvousError,
+    SaveError,
+)
+from hpc_resume.files import DISK, JsonObject, may_pass, obstacle
 from hpc_resume.run.history import FAULT
 from hpc_resume.run.memory import OomKills
 from hpc_resume.run.peers import Peers
@@ -40,12 +51,15 @@ _BROKEN_DEVICE = re.compile(
     r"CUDA.*initialization error|system not yet initialized"
 )
 _KILLED_WORKER = re.compile(r"DataLoader worker .* killed by signal: Killed")
+#: Of errors that say that a person has to decide, or to mend something, before the run may go on.
+_REFUSALS = frozenset({EXIT_USAGE, EXIT_NOTHING, EXIT_CORRUPT})
+#: Key in the control store of what a rank says that has failed.
+_KEY = "fault"
 #: A rank that crashes by itself tells why within this, and one that was killed is gone by then.
 _CAUSE_S = 2.0
 _LOOK_S = 0.05
 #: Ranks tell where they are once all have met; what keeps one from it now is no import.
 _MEET_S = 120.0
-_KEY = "fault"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +111,16 @@ def lost_a_peer(error: BaseException) -> bool:
     return isinstance(error, DistError) or _PEER_IS_GONE.search(str(error)) is not None
 
 
-def before_the_start(error: BaseException) -> Verdict | None:
-    """Tell what kept a run from beginning, if it may be gone another time or elsewhere."""
-    if isinstance(error, RendezvousError):
+def before_the_start(error: BaseException, node: str) -> Verdict | None:
+    """Tell what kept ranks from meeting, if it may be gone another time or elsewhere."""
+    if may_pass(error):
+        return Verdict(cause=Cause.CRASH, evidence=summary(error))
+    if not isinstance(error, Exception):
+        return None
+    if lost_a_peer(error):
         return Verdict(cause=Cause.HANG, evidence=f"the ranks did not meet: {error}")
-    return Verdict(cause=Cause.CRASH, evidence=summary(error)) if may_pass(error) else None
+    broken = _BROKEN_DEVICE.search(str(error)) is not None
+    return Verdict(cause=Cause.CRASH, evidence=summary(error), nodes=(node,)) if broken else None
 
 
 def summary(error: BaseException) -> str:
@@ -198,14 +217,19 @@ class Faults:
         """
         peers = peers or self._peers
         until = self._monotonic() + _CAUSE_S
-        while True:
-            if (told := _told(peers)) is not None:
-                return told
-            if (dead := self._dead(peers)) is not None:
-                return self.tell(dead, peers)
-            if self._monotonic() > until:
-                return None
+        while (found := self._look(peers)) is None and self._monotonic() <= until:
             self._pause(_LOOK_S)
+        return found
+
+    def any_known(self) -> bool:
+        """Whether a rank has said that it failed, or one on this node is seen dead; then the others are told."""
+        return self._look(self._peers) is not None
+
+    def _look(self, peers: Peers) -> Fault | None:
+        if (told := self._told(peers)) is not None:
+            return told
+        dead = self._dead(peers)
+        return None if dead is None else self.tell(dead, peers)
 
     def behind(self, verdict: Verdict, reason: str, *, no_hang: bool) -> Verdict:
         """Tell why a run could not be stopped in order; on a thread of its own.
@@ -236,6 +260,23 @@ class Faults:
             DISK.write_file(self._folder / FAULT, json.dumps(fault.to_json()).encode())
         return fault
 
+    def exits(self, code: object, *, begun: bool) -> None:
+        """Tell the other ranks, who may wait for this one, that the script has ended it by ``sys.exit``.
+
+        Parameters
+        ----------
+        code
+            What it was called with; without an error, and where the run is to go on, there is nothing to tell.
+        begun
+            Whether this attempt had completed a step.
+        """
+        if code is None or (isinstance(code, int) and code in {EXIT_DONE, EXIT_CONTINUE}):
+            return
+        place = f"rank {self._environment.rank} on {self._environment.node}"
+        evidence = f"{place}: the script called sys.exit({code!r:.200})"
+        self.tell(Fault(cause=Cause.CRASH, evidence=evidence, mistake=not begun))
+        self.leave()
+
     def leave(self) -> None:
         """Say that this rank leaves by itself: it is not dead when its process is gone.
 
@@ -251,8 +292,13 @@ class Faults:
         """Judge an exception of this rank's own."""
         place = f"rank {self._environment.rank} on {self._environment.node}"
         evidence = f"{place}: {summary(error)}"
+        if isinstance(error, IntegrityError) and (hindered := obstacle(error)) is not None:
+            if isinstance(hindered, MemoryError):
+                return Fault(cause=Cause.OUT_OF_MEMORY, evidence=evidence)
+            return Fault(cause=Cause.CRASH, evidence=evidence, nodes=(self._environment.node,))
         if isinstance(error, HpcResumeError):
-            cause = Cause.NO_PROGRESS if isinstance(error, BudgetSpent) else Cause.CRASH
+            cause = Cause.REFUSED if error.exit_code in _REFUSALS else Cause.CRASH
+            cause = Cause.NO_PROGRESS if isinstance(error, BudgetSpent) else cause
             final = None if isinstance(error, SaveError) else error.exit_code
             fenced = isinstance(error, FencedError)
             return Fault(cause=cause, evidence=evidence, exit_code=final, fenced=fenced)
@@ -269,6 +315,14 @@ class Faults:
             nodes=(self._environment.node,),
             mistake=not begun and not broken,
         )
+
+    def _told(self, peers: Peers) -> Fault | None:
+        """Read what a rank says; where the store is gone with rank 0, what stands in the run directory."""
+        with contextlib.suppress(RuntimeError):
+            return Fault.from_json(json.loads(peers.store.get(_KEY))) if peers.store.check([_KEY]) else None
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+            return Fault.from_json(json.loads((self._folder / FAULT).read_bytes()))
+        return None
 
     def _dead(self, peers: Peers) -> Fault | None:
         """Look whether a process of another rank on this node is gone without a word."""
@@ -298,16 +352,6 @@ def _out_of_memory(error: BaseException | None) -> bool:
             return True
         error, seen = error.__cause__, seen + 1
     return False
-
-
-def _told(peers: Peers) -> Fault | None:
-    try:
-        if peers.store.check([_KEY]):
-            record: Any = json.loads(peers.store.get(_KEY))
-            return Fault.from_json(record)
-    except RuntimeError:
-        pass  # the store is gone with rank 0
-    return None
 
 
 def _is_leaving(peers: Peers, rank: int) -> bool:

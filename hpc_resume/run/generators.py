@@ -1,32 +1,62 @@
-"""Random generators: Python's, NumPy's, PyTorch's on the CPU and on the GPU.
+"""Random generators: Python's, NumPy's, PyTorch's on the CPU and on every GPU, and those that users track.
 
 Before ``run.track`` all ranks have the same seed, so that they initialise alike. From then on every rank has
 streams of its own: restored where the run continues on as many ranks as before, and else derived from (seed,
-step, rank), because the saved streams of N ranks say nothing about those of M.
+step, rank), and for tracked ones their name, because the saved streams of N ranks say nothing about those of M.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 
+from hpc_resume.checkpoint import streams
+from hpc_resume.checkpoint.reader import CheckpointReader
+from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.errors import IntegrityError
+from hpc_resume.run.attempt import ranks_text
 
 #: Words of a Mersenne twister's state.
 _MERSENNE_WORDS = 624
 
 
-def seed_all(seed: int, *stream: int) -> None:
-    """Seed every generator of this process from a seed and the numbers that name the stream."""
-    text = ",".join(map(str, (seed, *stream))).encode()
-    digest = int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+def seed_all(seed: int, *stream: int | str) -> None:
+    """Seed every generator of this process from a seed and what names the stream."""
+    digest = derive(seed, *stream)
     random.seed(digest)
     np.random.seed(digest % 2**32)  # noqa: NPY002 - users' code draws from the global generator
     torch.manual_seed(digest % 2**63)
+
+
+def derive(seed: int, *stream: int | str) -> int:
+    """Make a seed of 64 bits from a seed and what names the stream."""
+    text = ",".join(map(str, (seed, *stream))).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+
+
+def seed_cpu(seed: int) -> None:
+    """Seed the generators of this process that are the CPU's from 64 bits; a GPU's are left alone."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 - as above
+    torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def put_back() -> Iterator[None]:
+    """Let the generators that are the CPU's be used for something else, and put them back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002 - as above
+    cpu = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002 - as above
+        torch.default_generator.set_state(cpu)
 
 
 def capture() -> dict[str, torch.Tensor]:
@@ -42,8 +72,17 @@ def capture() -> dict[str, torch.Tensor]:
         "rng/torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        states["rng/cuda"] = torch.cuda.get_rng_state()
+        mine, *others = (torch.cuda.get_rng_state(device) for device in _devices())
+        states["rng/cuda"] = mine
+        if others:
+            states["rng/cuda_others"] = torch.stack(others)
     return states
+
+
+def _devices() -> list[int]:
+    """Give the GPUs that this process sees: its own first, then those after it, in a circle."""
+    count = torch.cuda.device_count()
+    return [(torch.cuda.current_device() + place) % count for place in range(count)]
 
 
 def restore(states: Mapping[str, torch.Tensor]) -> None:
@@ -73,4 +112,54 @@ def _restore(states: Mapping[str, torch.Tensor]) -> None:
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))  # noqa: NPY002 - as above
     torch.set_rng_state(states["rng/torch"])
     if torch.cuda.is_available() and "rng/cuda" in states:
-        torch.cuda.set_rng_state(states["rng/cuda"])
+        saved = [states["rng/cuda"], *states.get("rng/cuda_others", ())]
+        for device, state in zip(
+            _devices(), saved, strict=False
+        ):  # the process may see more or fewer of them
+            torch.cuda.set_rng_state(state, device)
+
+
+def restore_all(
+    state: TrackedState, reader: CheckpointReader, *, rank: int, world_size: int, seed: int
+) -> str | None:
+    """Set the generators of a rank to where they were, or begin them anew.
+
+    Parameters
+    ----------
+    state
+        What is tracked, users' generators among it.
+    reader
+        Of the checkpoint.
+    rank, world_size
+        This process's place.
+    seed
+        Of the run.
+
+    Returns
+    -------
+    str or None
+        Why they could not be restored, and begin streams that are derived from (seed, step, rank, name).
+
+    Raises
+    ------
+    MismatchError
+        If a generator is of another kind than it was.
+    IntegrityError
+        If a state is damaged.
+    """
+    manifest = reader.manifest
+    why = None
+    if manifest.world_size != world_size:
+        why = f"the checkpoint was taken on {ranks_text(manifest.world_size)}"
+    elif rank in manifest.missing_ranks:
+        why = f"rank {rank} had died when the checkpoint was taken"
+    own = {} if why else {f"rng/{name}": each for name, each in state.private(reader, rank, "rng/").items()}
+    if why is None and "rng/torch" not in own:
+        why = "the checkpoint has no states of generators"  # other tools wrote it, or it was imported
+    if why is None:
+        restore(own)
+    else:
+        seed_all(seed, manifest.step, rank)
+    for name in state.restore_streams(reader):
+        streams.reseed(state.streams[name], seed, manifest.step, rank, name)
+    return why

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ def history(
     *,
     chain: str | None,
     further_types: bool,
+    rolled_back_after: Collection[int] = (),
 ) -> History:
     """Sum up what came before an attempt, for the policy.
 
@@ -128,6 +129,8 @@ def history(
         person submitted this one anew.
     further_types
         See :class:`History`.
+    rolled_back_after
+        Numbers of attempts after which a person rolled the run back: that begins a new budget, too.
     """
     verdicts = {
         event["attempt"]: event
@@ -157,6 +160,8 @@ def history(
                 faulty=nodes,
             )
         )
+        if each.number in rolled_back_after:
+            past.clear()
     return History(
         past=tuple(past),
         faults={node: tuple(numbers) for node, numbers in faults.items()},

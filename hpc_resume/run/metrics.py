@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from hpc_resume import log
 from hpc_resume.errors import UsageError
 from hpc_resume.files import Clock, append_whole
 from hpc_resume.journal import write_line
+from hpc_resume.run.tracking.trackers import Row, Trackers
 
 #: Values are turned into numbers and written at most this often: reading a GPU tensor waits for the GPU.
 _FLUSH_S = 1.0
@@ -26,9 +27,12 @@ class Metrics:
         The file; appended to.
     clock
         Unix time in seconds.
+    trackers
+        They get the same.
     """
 
-    def __init__(self, path: Path, *, clock: Clock) -> None:
+    def __init__(self, path: Path, *, clock: Clock, trackers: Trackers | None = None) -> None:
+        self._trackers = trackers
         self._path = path
         self._clock = clock
         self._pending: dict[int, dict[str, Any]] = {}
@@ -56,10 +60,14 @@ class Metrics:
         pending, self._pending = self._pending, {}  # whatever goes wrong below would go wrong again
         if not pending:
             return
-        lines = []
+        lines: list[bytes] = []
+        rows: list[Row] = []
         for step, row in pending.items():
             numbers = {name: float(value) for name, value in row.items()}
             lines.append(write_line({**numbers, "step": step}))
+            rows.append((step, numbers.pop("t"), numbers))
+        if self._trackers is not None:
+            self._trackers.send(rows)
         try:
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -67,7 +75,7 @@ class Metrics:
             finally:
                 os.close(fd)
         except OSError as error:  # a full disk ends no training
-            sys.stderr.write(f"hpc_resume: {self._path}: metrics of {len(lines)} steps are lost ({error})\n")
+            log.say(f"{self._path}: metrics of {len(lines)} steps are lost ({error})")
 
 
 def _check(name: str, value: Any) -> Any:

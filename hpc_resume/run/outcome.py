@@ -7,13 +7,15 @@ staging folder say the same.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from hpc_resume.checkpoint.health import Known
 from hpc_resume.checkpoint.receipt import Header
 from hpc_resume.checkpoint.snapshot import Camera, Captured
 from hpc_resume.checkpoint.staging import Staging
@@ -24,8 +26,9 @@ from hpc_resume.policy.saving import patience_s
 from hpc_resume.run.peers import Peers
 from hpc_resume.scheduler.environment import JobEnvironment
 
-#: Other ranks may take so long over a checkpoint that is written while training goes on.
-_BACKGROUND_S = 3600.0
+#: Other ranks may at least take so long over a checkpoint that is written while training goes on: whether one of
+#: another node is dead, nobody may know.
+_BACKGROUND_S = 600.0
 #: A rank that waits looks at what is there so many times until others count as dead, and then less and less.
 _LOOKS = 6
 
@@ -52,6 +55,8 @@ class Part:
         When it began, by the monotonic clock and in Unix time.
     own_s, done_s
         What writing took, and when it ended by the monotonic clock.
+    known
+        What is known of the state before it is written.
     """
 
     number: int
@@ -63,6 +68,7 @@ class Part:
     at_s: float = 0.0
     own_s: float = 0.0
     done_s: float = 0.0
+    known: Known = field(default_factory=Known)
 
 
 class Outcomes:
@@ -82,6 +88,8 @@ class Outcomes:
         A rank whose receipt comes so long after ours counts as dead.
     threads
         That write in a dead rank's stead.
+    failed
+        Whether a rank is known to have failed.
     monotonic, pause
         Seconds since some moment; sleeps.
     """
@@ -95,6 +103,7 @@ class Outcomes:
         *,
         dead_after_s: float,
         threads: int = 2,
+        failed: Callable[[], bool] = lambda: False,
         monotonic: Clock = time.monotonic,
         pause: Callable[[float], None] = _pause,
     ) -> None:
@@ -104,6 +113,7 @@ class Outcomes:
         self._environment = environment
         self._dead_after_s = dead_after_s
         self._threads = threads
+        self._failed = failed
         self._monotonic = monotonic
         self._pause = pause
 
@@ -149,21 +159,26 @@ class Outcomes:
         Returns
         -------
         dict
-            ``{"name": …, "took_s": …}`` if it is committed, ``{"error": …}`` if it is not.
+            ``{"name": …, "took_s": …}`` if it is committed, ``{"error": …}`` if it is not; with
+            ``"health"`` (:meth:`.Health.brief`) if anything was looked at.
 
         Raises
         ------
         FencedError
             If a later attempt owns the run.
         RendezvousError
-            If rank 0 is gone and the checkpoint can't be finished, unless this is the ``last`` one.
+            If rank 0 is gone, or any rank has failed, and the checkpoint can't be finished; unless this rank is
+            about to leave anyway, as ``last`` says.
         """
         began = self._monotonic()
-        patience = patience_s(part.own_s, left_s) if last else _BACKGROUND_S
+        patience = (
+            patience_s(part.own_s, left_s) if last else max(patience_s(part.own_s, None), _BACKGROUND_S)
+        )
         dead_after = max(self._dead_after_s, part.own_s)
         look_s = dead_after / _LOOKS
+        missing = [self._environment.rank]  # as long as nobody has looked
         while True:
-            outcome = self._look(part, look_s, last=last)
+            outcome = self._look(part, look_s, hurry=not last and bool(missing))
             if outcome is not None:
                 return outcome
             try:
@@ -172,14 +187,21 @@ class Outcomes:
                 outcome = self._say(part, {"error": self._message(error)}, self._peers)
             if outcome is not None:
                 return outcome
-            if not last and not self._peers.reachable():
-                raise RendezvousError(
-                    f"rank 0 is gone, and the shards of ranks {_some(missing)} of step {step} have not come"
-                )
+            if missing and (not last or part.captured is None) and (why := self._in_vain()):
+                why = f"{why}, and the shards of ranks {_some(missing)} of step {step} have not come"
+                if not last:
+                    raise RendezvousError(why)
+                return self._say(part, {"error": why}, self._peers)
             if self._monotonic() - began > patience:
                 return self._say(part, {"error": _lacking(missing, patience)}, self._peers)
             if self._monotonic() - part.done_s > dead_after:
                 look_s = min(2 * look_s, dead_after)
+
+    def _in_vain(self) -> str:
+        """Tell why nobody will finish a checkpoint; collectives would tell, but there are none while this waits."""
+        if not self._peers.reachable():
+            return "rank 0 is gone"
+        return "a rank has failed" if self._failed() else ""
 
     def _finish(self, step: int, part: Part, dead_after: float) -> tuple[list[int], JsonObject | None]:
         """Do what can be done for a checkpoint by now; returns which ranks' shards are missing."""
@@ -192,13 +214,13 @@ class Outcomes:
             return missing, None
         return missing, self._commit(step, part, self._peers, take_over=late_s > dead_after)
 
-    def _look(self, part: Part, look_s: float, *, last: bool) -> JsonObject | None:
-        """Wait a little for somebody's word."""
+    def _look(self, part: Part, look_s: float, *, hurry: bool) -> JsonObject | None:
+        """Wait a little for somebody's word; in a hurry not for one that can't come."""
         began = self._monotonic()
         try:
             outcome: JsonObject = self._peers.get(_key(part), look_s)
         except RendezvousError:  # not yet; or the store is gone, and then this comes at once
-            if self._peers.reachable() or last:
+            if not hurry or self._peers.reachable():
                 self._pause(max(look_s - (self._monotonic() - began), 0.0))
             return None
         return outcome
@@ -209,7 +231,9 @@ class Outcomes:
         if name is None:
             return None
         took_s = round(self._monotonic() - part.began_s, 4)
-        return self._say(part, {"name": name, "took_s": took_s}, peers)
+        found = self._staging.health(name).brief()
+        health = {"health": found} if found else {}
+        return self._say(part, {"name": name, "took_s": took_s, **health}, peers)
 
     def _say(self, part: Part, outcome: JsonObject, peers: Peers) -> JsonObject:
         """Say what has become of a checkpoint, unless somebody has said so before; returns what holds."""
@@ -234,7 +258,9 @@ class Outcomes:
             other = substitute(part.captured, rank, own_rank=own_rank)
             if other is not None:
                 snapshot = Camera(threads=self._threads).take(other, stage=False)
-                self._staging.write(part.header, snapshot, rank=rank)
+                # What the probe gave on the dead rank, nobody knows.
+                known = dataclasses.replace(part.known, probed=None)
+                self._staging.write(part.header, snapshot, rank=rank, known=known)
 
 
 def _key(part: Part) -> str:

@@ -7,6 +7,7 @@ requeue, and no stale rendezvous can be met. Under torchrun its own store serves
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import os
@@ -21,11 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hpc_resume.errors import RendezvousError
-from hpc_resume.files import DISK, Clock
+from hpc_resume.errors import HpcResumeError, RendezvousError
+from hpc_resume.files import DISK, Clock, JsonObject, may_pass
 from hpc_resume.run.addresses import own_addresses
 from hpc_resume.scheduler.environment import JobEnvironment
 
+#: Ranks that wait for each other before the first step look so often whether one has failed. One that keeps the
+#: store stays for two seconds then.
+_LOOK_S = 1.0
 #: Until all ranks must have found rank 0. Imports on a busy parallel filesystem take minutes.
 JOIN_S = 600.0
 _POLL_S = 0.2
@@ -55,6 +59,9 @@ class Peers:
         self._prefix = prefix
         self.store: dist.Store = dist.PrefixStore(prefix, store)
         self._twin: Peers | None = None
+        #: Tells whether a rank has failed: then nobody waits any longer. None where there are steps, whose
+        #: collectives show it.
+        self.failed: Callable[[], bool] | None = None
 
     def connect(self) -> dist.Store:
         """Open another connection: a store that waits is deaf to other threads."""
@@ -84,16 +91,43 @@ class Peers:
         Raises
         ------
         RendezvousError
-            If it does not come, or the store is gone.
+            If it does not come, or the store is gone; or, before the first step, a rank has failed.
         """
         try:
-            self.store.wait([key], dt.timedelta(seconds=patience_s))
+            self._wait(key, patience_s)
             return json.loads(self.store.get(key))
         except RuntimeError as error:
             raise RendezvousError(
                 f"rank {self._environment.rank} waited for {key!r} from the other ranks in vain "
                 f"({str(error).splitlines()[0]}); look at the other ranks' logs"
             ) from error
+
+    def _wait(self, key: str, patience_s: float) -> None:
+        until_s = time.monotonic() + patience_s
+        while self.failed is not None and until_s - time.monotonic() > _LOOK_S:
+            try:
+                self.store.wait([key], dt.timedelta(seconds=_LOOK_S))
+            except RuntimeError as error:
+                if "timeout" not in str(error).lower():
+                    raise
+                self.check()
+            else:
+                return
+        left_s = patience_s if self.failed is None else max(until_s - time.monotonic(), 0.001)
+        self.store.wait([key], dt.timedelta(seconds=left_s))
+
+    def check(self) -> None:
+        """Find out whether a rank has failed.
+
+        Raises
+        ------
+        RendezvousError
+            If one has.
+        """
+        if self.failed is not None and self.failed():
+            raise RendezvousError(
+                f"rank {self._environment.rank} does not wait: another rank has failed; look at the other ranks' logs"
+            )
 
     def reachable(self) -> bool:
         """Whether the store answers; if not, it is gone with rank 0."""
@@ -133,6 +167,18 @@ class Peers:
             time.sleep(0.01)
         return True
 
+    def all_come(self, key: str) -> None:
+        """Wait until all ranks have come here.
+
+        Raises
+        ------
+        RendezvousError
+            As of :meth:`get`.
+        """
+        if self.store.add(f"{key}/count", 1) == self._environment.world_size:
+            self.store.set(key, "true")
+        self.get(key, JOIN_S)
+
     def start_process_group(self) -> bool:
         """Make the default process group, unless the script has one.
 
@@ -140,9 +186,16 @@ class Peers:
         -------
         bool
             Whether it was made here.
+
+        Raises
+        ------
+        RendezvousError
+            If a rank does not come to it.
         """
         if dist.is_initialized():
             return False
+        # PyTorch waits up to half an hour for a rank that has failed, and does not look whether one has.
+        self.all_come("group/ready")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
             backend,
@@ -182,7 +235,9 @@ def join(
     Raises
     ------
     RendezvousError
-        If rank 0 can't be found or reached.
+        If rank 0 can't be found or reached, or could not begin for a reason that may pass.
+    HpcResumeError
+        On the other ranks, if rank 0 could not begin for another one.
     """
     leader = environment.rank == 0
     if environment.world_size == 1:
@@ -191,10 +246,20 @@ def join(
     if environment.master is not None:
         store, address = _launcher_store(environment)
         peers = Peers(environment, store, address, f"hpc-resume/{environment.rendezvous}")
-        return peers, peers.share("begin", begin() if leader else None)
+        if not leader:
+            return peers, _begun(peers.share("begin"))
+        shared = _begin(begin, environment, lambda word: peers.share("begin", word))
+        peers.share("begin", {"begun": shared})
+        return peers, shared
     meeting = run_dir / "attempts" / f".meet-{re.sub(r'[^A-Za-z0-9._-]', '_', environment.rendezvous)}.json"
     if leader:
-        shared = begin()
+
+        def tell(word: JsonObject) -> None:
+            # submitit's own local executor does not number restarts, so the next one would read it, too.
+            if environment.kind != "submitit-local":
+                DISK.write_file(meeting, json.dumps(word).encode())
+
+        shared = _begin(begin, environment, tell)
         opened = dist.TCPStore(
             "0.0.0.0",  # noqa: S104 - the other nodes must reach it
             0,
@@ -209,20 +274,32 @@ def join(
         DISK.write_file(meeting, json.dumps(invitation).encode())
         peers = Peers(environment, opened, ("127.0.0.1", opened.port), "hpc-resume")
         peers.share("begin", shared)
-        _count_in(peers, environment)
+        peers.all_come("all-joined")
         meeting.unlink(missing_ok=True)
         return peers, shared
     opened, address = _accept(meeting, environment, clock, sleep)
     peers = Peers(environment, opened, address, "hpc-resume")
     shared = peers.share("begin")
-    _count_in(peers, environment)
+    peers.all_come("all-joined")
     return peers, shared
 
 
-def _count_in(peers: Peers, environment: JobEnvironment) -> None:
-    if peers.store.add("joined", 1) == environment.world_size:
-        peers.store.set("all-joined", "true")
-    peers.get("all-joined", JOIN_S)
+def _begin(begin: Callable[[], Any], environment: JobEnvironment, tell: Callable[[JsonObject], Any]) -> Any:
+    """On rank 0: begin, and have the others know if that fails, who would wait for it."""
+    try:
+        return begin()
+    except Exception as error:
+        with contextlib.suppress(OSError, RuntimeError):
+            tell({"failed": f"rank 0 on {environment.node}: {error}", "passing": may_pass(error)})
+        raise
+
+
+def _begun(word: JsonObject) -> Any:
+    """On the other ranks: take what rank 0 says of its beginning."""
+    if "failed" not in word:
+        return word["begun"]
+    why = f"the run could not begin: {word['failed']}"
+    raise RendezvousError(why) if word["passing"] else HpcResumeError(why)
 
 
 def _launcher_store(environment: JobEnvironment) -> tuple[dist.Store, tuple[str, int]]:
@@ -249,23 +326,31 @@ def _accept(
     deadline = clock() + JOIN_S
     problem = "rank 0 has left no address there"
     while clock() < deadline:
-        try:
-            # Listing the folder makes a network filesystem look again; asking for the name alone may be
-            # answered from a cache that remembers that it was not there.
-            if meeting.name in os.listdir(meeting.parent):  # noqa: PTH208 - as said
-                invitation = json.loads(meeting.read_bytes())
-                for host in invitation["hosts"]:
-                    store = _try_connect(host, invitation["port"], invitation["token"])
-                    if store is not None:
-                        return store, (host, invitation["port"])
-                problem = f"none of {invitation['hosts']} answers on port {invitation['port']}"
-        except (OSError, ValueError):
-            pass  # not there yet
+        invitation = _invitation(meeting)
+        if invitation is not None:
+            _begun({"begun": None, **invitation})
+            for host in invitation["hosts"]:
+                store = _try_connect(host, invitation["port"], invitation["token"])
+                if store is not None:
+                    return store, (host, invitation["port"])
+            problem = f"none of {invitation['hosts']} answers on port {invitation['port']}"
         sleep(_POLL_S)
     raise RendezvousError(
         f"rank {environment.rank} on {environment.node} found no rank 0 within {JOIN_S:g} s: {meeting}: "
         f"{problem}. Is the run directory on a filesystem that all nodes share?"
     )
+
+
+def _invitation(meeting: Path) -> JsonObject | None:
+    """Read what rank 0 has left; None if that is not there yet."""
+    try:
+        # Listing the folder makes a network filesystem look again; asking for the name alone may be answered
+        # from a cache that remembers that it was not there.
+        if meeting.name in os.listdir(meeting.parent):  # noqa: PTH208 - as said
+            return json.loads(meeting.read_bytes())  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 def _try_connect(host: str, port: int, token: str) -> dist.TCPStore | None:

@@ -21,6 +21,9 @@ _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.
 
 #: Objects of these are not looked into.
 _LIBRARIES = _OURS | {"numpy", "__builtin__", *sys.stdlib_module_names} - {"__main__"}
+#: So deep, and so far along lists, a dataset is looked into.
+_DEEPEST = 5
+_WIDEST = 20
 #: Where a rehearsal finds it in the run directory.
 UNTRACKED = "untracked.json"
 
@@ -64,14 +67,14 @@ def untracked(frame: FrameType | None, items: Mapping[str, Any]) -> list[str]:
     Returns
     -------
     list of str
-        ``"scheduler (CosineAnnealingLR)"``.
+        ``"scheduler (CosineAnnealingLR)"``; generators of datasets, too, though tracking them would not help.
     """
     known = _known(items)
     parameters = {
         id(p) for each in items.values() if isinstance(each, torch.nn.Module) for p in each.parameters()
     }
     found: dict[int, str] = {}
-    for name, value in _variables(frame):
+    for name, value in (*_datasets(items), *_variables(frame)):
         if id(value) not in known and id(value) not in found and _has_state(value, parameters):
             found[id(value)] = f"{name} ({type(value).__qualname__})"
     return sorted(found.values())
@@ -100,6 +103,37 @@ def _variables(frame: FrameType | None) -> Iterator[tuple[str, Any]]:
                         for attribute, inner in list(getattr(value, "__dict__", {}).items()):
                             yield f"{name}.{attribute}", inner
         frame = frame.f_back
+
+
+def _datasets(items: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Give the generators that datasets of tracked loaders, and their transforms, have for themselves."""
+    seen: set[int] = set()
+    found = [(f"{key}.dataset", dataset, _DEEPEST) for key, dataset in _dataset_of(items)]
+    while found:
+        name, value, depth = found.pop()
+        if id(value) in seen or depth == 0:
+            continue
+        seen.add(id(value))
+        if isinstance(value, _GENERATORS):
+            yield name, value
+        elif isinstance(value, list | tuple):
+            found += [(f"{name}[{place}]", each, depth - 1) for place, each in enumerate(value[:_WIDEST])]
+        elif (
+            type(value).__module__.partition(".")[0] not in _LIBRARIES
+            or isinstance(value, torch.utils.data.Dataset)
+        ) and not isinstance(value, type):
+            parts = list(getattr(value, "__dict__", {}).items())
+            found += [(f"{name}.{attribute}", each, depth - 1) for attribute, each in parts]
+
+
+def _dataset_of(items: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, item in items.items():
+        for loader in (item, getattr(item, "loader", None)):
+            if (
+                not isinstance(item, torch.nn.Module)
+                and (dataset := getattr(loader, "dataset", None)) is not None
+            ):
+                yield key, dataset
 
 
 def _has_state(value: Any, parameters: set[int]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -13,21 +12,22 @@ from typing import Any
 
 import torch
 
-from hpc_resume.checkpoint.state import TrackedState
 from hpc_resume.config import Config
 from hpc_resume.errors import Interrupted, UsageError
 from hpc_resume.files import Clock
-from hpc_resume.run.agreement import NOT_BEGUN
-from hpc_resume.run.fitness import DTYPES
+from hpc_resume.run import numerics
+from hpc_resume.run.initialising import Initialiser, initialise
 from hpc_resume.run.loader import ElasticLoader
+from hpc_resume.run.loop import Loop
 from hpc_resume.run.microbatches import micro_batches
-from hpc_resume.run.rehearsing import Rehearsing
+from hpc_resume.run.observing import Observing
+from hpc_resume.run.order import WINDOW
 from hpc_resume.run.session import Session
-from hpc_resume.run.settling import device_of, settle
-from hpc_resume.rundir import RunDirectory
+from hpc_resume.run.settling import settle
+from hpc_resume.run.tracking.trackers import DONE, FAILED, INTERRUPTED
 
 
-class Run:
+class Run(Observing):
     """A training run that outlives its jobs.
 
     Use it as a context manager around everything from building the model to the last step; the same script
@@ -43,7 +43,7 @@ class Run:
     clock
         Unix time in seconds.
     **settings
-        Single settings over those (``seed=1``, ``checkpoint={"every_steps": 100}``).
+        Single settings over those (``seed=1``, ``checkpoint={"every_steps": 100}``); the rest of a group stays.
 
     Raises
     ------
@@ -71,64 +71,13 @@ class Run:
     ) -> None:
         if run_dir is not None:
             settings["run_dir"] = str(Path(run_dir).absolute())
-        self._session = Session(settle(config, settings), clock=clock)
-        self._device = device_of(self._session.environment.local_rank)
-        self._state: TrackedState | None = None
-        self._loader: ElasticLoader | None = None
-        self._stepping: ElasticLoader | None = None
-        self._weighed = False
+        super().__init__(Session(settle(config, settings), clock=clock))
+        self._loop = Loop(self._session)
         self._begun = False
-        self._inside = False
-        self._pid = os.getpid()
-
-    @property
-    def rank(self) -> int:
-        """Number of this process among all of the attempt's, from 0."""
-        return self._session.rank
-
-    @property
-    def world_size(self) -> int:
-        """Processes of this attempt."""
-        return self._session.world_size
-
-    @property
-    def local_rank(self) -> int:
-        """Number of this process among those on its node, from 0."""
-        return self._session.environment.local_rank
-
-    @property
-    def device(self) -> torch.device:
-        """The GPU of this process, or the CPU."""
-        return self._device
-
-    @property
-    def precision(self) -> torch.dtype:
-        """What :meth:`autocast` computes in: the node type's ``precision``, float32 by default."""
-        return DTYPES[self._session.fitness.precision]
-
-    @property
-    def step(self) -> int:
-        """Completed steps."""
-        return self._session.step
-
-    @property
-    def attempt(self) -> int:
-        """Number of this attempt, from 1."""
-        return self._session.facts.number
-
-    @property
-    def directory(self) -> RunDirectory:
-        """The run directory."""
-        return self._session.directory
-
-    @property
-    def config(self) -> Config:
-        """The resolved settings."""
-        return self._session.config
 
     def __enter__(self) -> Run:
         """Meet the other ranks and begin an attempt."""
-        self._session.begin(self._device)
+        self._session.begin(self.device)
         self._begun = True
         return self
 
@@ -139,16 +88,31 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         """End the attempt: done, interrupted, or failed."""
-        if error is None:
-            if self._state is not None and self.step > self._session.saver.saved_step:
-                self._save("done")  # the loop was left early, on purpose
-            self._session.finish()
-        elif isinstance(error, SystemExit):
-            self._session.shut_down(destroy=isinstance(error, Interrupted))
-        elif isinstance(error, Exception):
+        outcome = DONE if error is None else INTERRUPTED if isinstance(error, Interrupted) else FAILED
+        try:
+            if error is None:
+                self._finish()
+            elif isinstance(error, SystemExit):
+                self._session.exits(error)
+            elif isinstance(error, Exception):
+                self._session.crash(error)
+            else:
+                self._session.leaving.cancel()
+        except BaseException as failure:
+            outcome = INTERRUPTED if isinstance(failure, Interrupted) else FAILED
+            raise
+        finally:
+            self._session.trackers.close(outcome)
+
+    def _finish(self) -> None:
+        """Save what is to be saved, and end the attempt; if that fails, as one that has failed."""
+        try:
+            self._loop.leave()
+            self._session.settle()
+        except Exception as error:
             self._session.crash(error)
-        else:
-            self._session.cancel()
+            raise
+        self._session.finish()
 
     def loader(
         self,
@@ -157,9 +121,14 @@ class Run:
         *,
         shuffle: bool = True,
         uneven: bool = False,
+        drop_last: bool = False,
+        weights: Any = None,
+        lengths: Any = None,
+        window: int = WINDOW,
+        augment_seed: bool = True,
         **options: Any,
     ) -> ElasticLoader:
-        """Load batches of a map-style dataset, in the same order on any number of ranks.
+        """Load batches of a map-style dataset, in the same order on any number of ranks; see docs/data.md.
 
         Parameters
         ----------
@@ -172,13 +141,24 @@ class Run:
         uneven
             Take numbers of ranks that do not divide it, too: some ranks then have one sample more than others, and
             :meth:`micro_batches` weighs them.
+        drop_last
+            An epoch ends with its last whole global batch. Without it the rest comes first in the next one's.
+        weights
+            Draw samples with replacement, as often as their weights say; one for each sample.
+        lengths
+            Put samples of about one length into one global batch; one for each sample.
+        window
+            So many global batches are sorted by length together.
+        augment_seed
+            Seed the generators of Python, NumPy and PyTorch (the CPU's) before each sample, by seed, epoch and
+            index. Without it, random augmentations depend on ranks, workers and interruptions.
         **options
             For ``torch.utils.data.DataLoader``: ``num_workers``, ``collate_fn``, ``pin_memory`` …
 
         Raises
         ------
         UsageError
-            If the dataset has no length.
+            If the dataset has no length, or something contradicts itself.
         Declined
             If the batch can't be split over so many ranks; another node type is tried then, if there is one.
         """
@@ -190,6 +170,12 @@ class Run:
             seed=self.config.seed,
             shuffle=shuffle,
             uneven=uneven,
+            drop_last=drop_last,
+            weights=weights,
+            lengths=lengths,
+            window=window,
+            augment_seed=augment_seed,
+            allow_change=self.config.allow_config_change is not None,
             **options,
         )
 
@@ -232,15 +218,65 @@ class Run:
         yield from micro_batches(
             batch,
             models,
-            share=self._stepping.share if self._stepping is not None else None,
+            share=self._loop.share,
             world_size=self.world_size,
             limit=size or self._session.fitness.limit,
         )
-        self._weighed = True
+        self._loop.weighed = True
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in the node type's ``precision``; a context manager for the forward pass."""
-        return self._session.fitness.autocast(self._device.type)
+        return self._session.fitness.autocast(self.device.type)
+
+    def uses(self, *, data: Any = None, validation: Any = None, preprocessing: str | None = None) -> None:
+        """Say what the run trains on, in place of the settings ``data.…``; before :meth:`track`, on all ranks.
+
+        ``data`` and ``validation`` are a folder or file, a list of those, ``{name: path}``, or a Hugging Face dataset;
+        ``preprocessing`` is a version. :meth:`track` refuses a change for which ``allow_data_change`` gives no reason.
+        """
+        self._loop.check_untracked("run.uses")
+        self._session.data.declare(data, validation, preprocessing)
+
+    def deterministic(self) -> None:
+        """Have PyTorch compute the same bits each time, on as many ranks of the same kind of node.
+
+        Call it first of all. It sets ``torch.use_deterministic_algorithms``, cuDNN's flags and cuBLAS's workspace,
+        and says in the log what that costs. TF32 stays as it is: it rounds, but always alike.
+
+        Raises
+        ------
+        UsageError
+            If something has been computed on the GPU already.
+        """
+        self._session.leaving.say(numerics.deterministic())
+
+    def initialise(self, module: torch.nn.Module, init: Initialiser | None = None) -> None:
+        """Initialise a model from (the run's seed, name): the same on any number of ranks, in any sharding.
+
+        Each module's ``reset_parameters`` draws whole tensors on the CPU, one module after the other, and each rank
+        keeps its part. A model on the meta device gets its memory on :attr:`device`.
+
+        Parameters
+        ----------
+        module
+            Plain, compiled, under DDP, or sharded by ``fully_shard`` or tensor parallelism.
+        init
+            ``init(module, name)`` is called for each module with parameters or buffers of its own, after its
+            ``reset_parameters``.
+
+        Raises
+        ------
+        UsageError
+            If nothing initialises a parameter; names all of them.
+
+        Examples
+        --------
+        >>> with torch.device("meta"):  # doctest: +SKIP
+        ...     model = Net()
+        >>> fully_shard(model)  # doctest: +SKIP
+        >>> run.initialise(model)  # doctest: +SKIP
+        """
+        initialise(module, init, seed=self.config.seed, device=self.device)
 
     def track(self, **items: Any) -> None:
         """Name what is saved, and restore it if there is something to restore.
@@ -249,7 +285,8 @@ class Run:
         ----------
         **items
             Modules, optimizers, schedulers, gradient scalers, the loader; anything with ``state_dict`` and
-            ``load_state_dict``; plain dicts of numbers, strings and tensors.
+            ``load_state_dict``; plain dicts of numbers, strings and tensors; random generators of PyTorch, NumPy
+            and Python.
 
         Raises
         ------
@@ -264,23 +301,19 @@ class Run:
         """
         if not self._begun:
             raise UsageError("run.track: the run has not begun; call it inside 'with hr.Run() as run:'")
-        if self._state is not None:
-            raise UsageError(
-                "run.track: call it once, with everything: run.track(model=…, optimizer=…, data=…)"
-            )
-        self._state = TrackedState(items, rank=self.rank, world_size=self.world_size)
-        self._loader = next((item for item in items.values() if isinstance(item, ElasticLoader)), None)
-        self._session.restore(self._state, None if self._loader is None else self._loader.share)
+        self._loop.track(items)
 
-    def steps(self, data: Iterable[Any], *, until: int) -> Iterator[tuple[int, Any]]:
+    def steps(self, data: Iterable[Any], *, until: int | None = None) -> Iterator[tuple[int, Any]]:
         """Go through the remaining steps; saves, stops and continues as needed.
 
         Parameters
         ----------
         data
-            Gives a batch a step: :meth:`loader`, or any iterable that is tracked.
+            Gives a batch a step: :meth:`loader`, or any loader with ``state_dict`` and ``load_state_dict``, begun
+            anew when it has come to its end. Both must be tracked. Any other iterable is gone through once, and
+            begins at its start when the run goes on.
         until
-            Number of steps of the whole run.
+            Number of steps of the whole run. Inside of a loop over :meth:`epochs`, leave it out: an epoch's steps.
 
         Yields
         ------
@@ -289,43 +322,49 @@ class Run:
 
         Raises
         ------
+        UsageError
+            If the data's position would be lost.
         Interrupted
             When the run has been saved and is to be continued: leaves with exit code 75.
         """
-        if self._state is None:
-            raise UsageError(
-                "run.steps: nothing is tracked, so nothing would be saved; call run.track(…) before the loop"
-            )
-        if isinstance(data, ElasticLoader) and data is not self._loader:
-            raise UsageError(
-                "run.steps: this loader is not tracked, so its position would be lost; "
-                "pass it to run.track(data=…) too"
-            )
-        rehearsing = None
-        if "HPC_RESUME_REHEARSAL" in os.environ and self.rank == 0:
-            frame = sys._getframe(1)  # noqa: SLF001 - the script's
-            rehearsing = Rehearsing(self.directory.root, frame, self._state.items)
-        batches = iter(data)
-        self._inside = False
-        while True:
-            if rehearsing is not None:
-                rehearsing.at(self.step)
-            self._session.boundary(self._state, self._samples, until)
-            if self.step >= until:
-                break
-            self._inside = True  # from the batch on: fetching it moves generators and positions
-            try:
-                batch = next(batches)
-            except StopIteration:
-                self._inside = False
-                self._session.rest()
-                break
-            self._stepping, self._weighed = (data if data is self._loader else None), False
-            yield self.step, batch
-            self._inside = False
-            self._check_weights()
-            self._session.step += 1
-        self._save("done")
+        return self._loop.steps(data, until, sys._getframe(1))  # noqa: SLF001 - the script's
+
+    def epochs(self, data: ElasticLoader, *, until: int) -> Iterator[int]:
+        """Go through the remaining epochs, each with a loop over :meth:`steps` and with what follows it.
+
+        A run that goes on does so in the epoch in which it was. What stands before the loop over its steps is then
+        done again; what follows it belongs to the epoch's last step: it is done once, and a checkpoint is taken
+        only after it. So schedules and early stopping an epoch belong there. Call :meth:`breathe` in a validation
+        that takes long.
+
+        Parameters
+        ----------
+        data
+            :meth:`loader`; tracked.
+        until
+            Number of epochs of the whole run.
+
+        Yields
+        ------
+        int
+            Index of the epoch, from 0.
+
+        Raises
+        ------
+        UsageError
+            If the data does not know its epochs, or if an epoch is left before its end.
+        Interrupted
+            When the run has been saved and is to be continued: leaves with exit code 75.
+
+        Examples
+        --------
+        >>> for epoch in run.epochs(data, until=90):  # doctest: +SKIP
+        ...     for step, batch in run.steps(data):
+        ...         ...
+        ...     validate(model)
+        ...     scheduler.step()
+        """
+        return self._loop.epochs(data, until, sys._getframe(1))  # noqa: SLF001 - the script's
 
     def breathe(self, *, step_done: bool = False) -> None:
         """Let a stop happen here: call it every second or so in whatever takes long, on all ranks or on some.
@@ -353,43 +392,4 @@ class Run:
         Interrupted
             When the run is to be continued: leaves with exit code 75.
         """
-        if not self._session.stopping.pending or os.getpid() != self._pid:
-            return  # a process that was forked, such as a data loader's worker, has no say
-        completed: int | None = self.step if self._state is not None else NOT_BEGUN
-        if self._inside:
-            completed = self.step + 1 if step_done else None
-        self._session.breathe(self._state, self._samples, completed)
-
-    def log(self, **values: Any) -> None:
-        """Record metrics of the step that is being done.
-
-        Parameters
-        ----------
-        **values
-            Numbers or one-element tensors. Each rank records its own; reports show the mean over ranks.
-            Tensors are read about once a second, so that logging waits for no GPU.
-
-        Raises
-        ------
-        UsageError
-            If a value is neither, or is called ``step`` or ``t``, which are recorded by themselves.
-        """
-        self._session.metrics.log(self.step, values)
-
-    def _check_weights(self) -> None:
-        """Refuse a step whose ranks had unequal parts and weighed them equally."""
-        loader, self._stepping = self._stepping, None
-        if loader is not None and not (loader.share.even or self._weighed):
-            raise UsageError(
-                f"step {self.step}: global_batch={loader.share.global_batch} is split unevenly over "
-                f"{self.world_size} ranks, and nothing weighed the parts; go through all of "
-                "run.micro_batches(batch, model) in each step, and multiply each loss by its weight"
-            )
-
-    @property
-    def _samples(self) -> int:
-        return self._loader.samples if self._loader is not None else 0
-
-    def _save(self, reason: str) -> None:
-        assert self._state is not None
-        self._session.save(self._state, self._samples, reason, wait=True)
+        self._loop.breathe(step_done=step_done)

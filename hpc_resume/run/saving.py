@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from hpc_resume.checkpoint.health import Known
 from hpc_resume.checkpoint.manifest import FULL, MODEL, Manifest
 from hpc_resume.checkpoint.receipt import Header
 from hpc_resume.checkpoint.snapshot import Camera, Captured, Snapshot
@@ -25,11 +26,12 @@ from hpc_resume.errors import FencedError, HpcResumeError, RendezvousError, Save
 from hpc_resume.files import Clock, JsonObject
 from hpc_resume.journal import Journal
 from hpc_resume.policy.saving import told_s, what_fits
-from hpc_resume.provenance.environment import describe_environment
 from hpc_resume.run import generators
 from hpc_resume.run.attempt import AttemptFacts
 from hpc_resume.run.outcome import Outcomes, Part
 from hpc_resume.run.peers import Peers
+from hpc_resume.run.probing import Probing
+from hpc_resume.run.soundness import Soundness
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.scheduler.environment import JobEnvironment
 
@@ -68,6 +70,8 @@ class Saver:
         On rank 0.
     say
         Tells the person who reads the log.
+    failed
+        Whether a rank is known to have failed.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Saver:
         clock: Clock,
         journal: Journal | None,
         say: Callable[[str], None],
+        failed: Callable[[], bool],
     ) -> None:
         self._say = say
         self._facts = facts
@@ -101,8 +106,6 @@ class Saver:
         )
         self._camera = Camera(threads=settings.threads, limit_bytes=self._memory_limit())
         self._background = ThreadPoolExecutor(1, thread_name_prefix="hpc-resume-save")
-        self._described = describe_environment() if environment.rank == 0 else {}
-        self._described = peers.share("environment", self._described)
         self._began = clock()
         self._outcomes = Outcomes(
             peers,
@@ -111,9 +114,13 @@ class Saver:
             environment,
             dead_after_s=settings.dead_after_s,
             threads=settings.threads,
+            failed=failed,
         )
         #: What checkpoints say of this attempt besides; the same on all ranks.
         self.recorded: JsonObject = {}
+        #: The probe that runs before saves, if there is one.
+        self.probing: Probing | None = None
+        self._soundness = Soundness(config.validation, say=say, journal=journal)
         self._pending: dict[int, Part] = {}
         self._taken = self._failures = 0
         self._last_failure = 0, ""
@@ -134,6 +141,7 @@ class Saver:
     def restored(self, manifest: Manifest) -> None:
         """Take note of the checkpoint that this attempt goes on from, and of what saving it cost."""
         self.saved_step = self.committed_step = manifest.step
+        self._soundness.restored(manifest.health)
         costs = manifest.costs
         self.held_at_s = self._clock()
         self.saves_s = told_s(costs)
@@ -147,8 +155,13 @@ class Saver:
 
     @property
     def exhausted(self) -> bool:
-        """Whether so many saves in a row have failed that the next :meth:`save` ends the attempt."""
-        return self._failures >= _MAX_FAILURES
+        """Whether so many saves in a row have failed, or are of no use, that the next :meth:`save` ends the attempt."""
+        return self._failures >= _MAX_FAILURES or self._soundness.lost
+
+    @property
+    def pending(self) -> bool:
+        """Whether it is not known yet what has become of a checkpoint."""
+        return bool(self._pending)
 
     def due(self, every_s: float) -> bool:
         """Whether it is time for a periodic checkpoint; true once a period."""
@@ -189,6 +202,8 @@ class Saver:
             If a later attempt owns the run.
         SaveError
             If it, or one before it, could not be written.
+        NonFiniteError
+            If what is trained is lost.
         """
         began = self._clock()
         began_s = time.monotonic()
@@ -196,6 +211,7 @@ class Saver:
         deadline_s = None if left_s is None else time.monotonic() + left_s
         for pending in sorted(self._pending):
             self._settle(pending, leaving=wait, left_s=left_s)
+        self._soundness.check()
         if self.exhausted:  # told by what all ranks have settled: all end here
             raise SaveError(
                 f"{self._failures} checkpoints in a row were not committed, the last one of step "
@@ -205,10 +221,12 @@ class Saver:
             if deadline_s is not None:
                 left_s = max(deadline_s - time.monotonic(), 0.0)
             part = Part(number=self._taken, began_s=began_s, at_s=began, details={"reason": reason})
+            part.known = Known(usual=self._soundness.usual, factor=self._config.validation.norm_factor)
             left_s = self._take(part, state, step, samples, wait=wait, left_s=left_s)
         if wait:
             for pending in sorted(self._pending):
                 self._settle(pending, leaving=True, left_s=left_s, last=True)
+            self._soundness.check()
 
     def _take(
         self,
@@ -221,6 +239,8 @@ class Saver:
         left_s: float | None,
     ) -> float | None:
         """Capture the state and write it or have it written; returns the seconds left, as rank 0 knows them."""
+        if self.probing is not None:
+            left_s = self.probing.before_save(part, last=wait, left_s=left_s, saves_s=self.saves_s)
         captured = state.capture(generators.capture())
         content, note = FULL, ""
         if wait:
@@ -236,7 +256,7 @@ class Saver:
             world_size=self._environment.world_size,
             node_type=self._facts.node_type,
             config=self._config.digest(),
-            environment={**self._described, **self.recorded},
+            environment={**self._facts.described, **self.recorded},
             content=MODEL if content == MODEL else FULL,
             note=note,
         )
@@ -310,7 +330,7 @@ class Saver:
         """Write this rank's part, and commit if it is the last one; on the background thread or not."""
         began = time.monotonic()
         try:
-            receipt = self._staging.write(header, snapshot, only_changed=only_changed)
+            receipt = self._staging.write(header, snapshot, only_changed=only_changed, known=part.known)
             part.own_s = time.monotonic() - began
             if receipt is not None:
                 self._outcomes.count_in(header.step, part)
@@ -334,8 +354,10 @@ class Saver:
             self._failed(step, outcome["error"], last=last)
             return
         self._failures = 0
-        self.committed_step = max(self.committed_step, step)
-        self.held_at_s = part.at_s
+        sound = self._soundness.take_note(step, outcome.get("health") or {})
+        if sound:
+            self.committed_step = max(self.committed_step, step)
+            self.held_at_s = part.at_s
         if "took_s" in outcome:
             part.details["took_s"] = outcome["took_s"]
             self.saves_s = (*self.saves_s, outcome["took_s"])[-_TELLING_SAVES:]

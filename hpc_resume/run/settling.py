@@ -21,13 +21,11 @@ def settle(config: Config | str | Path | None, settings: dict[str, Any]) -> Conf
         settled = config.replace(**settings) if settings else config
     else:
         path = config or os.environ.get("HPC_RESUME_CONFIG") or None
-        settled = Config.load(path, overrides=settings, environ=os.environ)
-    if settled.origin("name") == "default":
-        # Two scripts that nobody named must not share a run directory.
-        stem = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
-        name = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("-._")
-        settled = settled.replace(name=name) if name else settled
-    return settled
+        settled = Config.load(path, overrides=settings, environ=os.environ, given="hr.Run(…)")
+    # Two scripts that nobody named must not share a run directory.
+    stem = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("-._")
+    return settled.named(name) if name else settled
 
 
 def device_of(local_rank: int) -> torch.device:

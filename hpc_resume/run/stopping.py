@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -18,6 +18,7 @@ from hpc_resume.policy.deadline import LAST_WORD_S, patience
 from hpc_resume.run.agreement import Agreement, Appointment
 from hpc_resume.run.deadline import Deadline
 from hpc_resume.run.peers import Peers
+from hpc_resume.run.watchdog import LEAST_SAVE_S, SignsOfLife, Watchdog, tell_patience, told_patience_s
 from hpc_resume.scheduler.base import ALIVE, UNKNOWN, Scheduler
 from hpc_resume.scheduler.cause import DEADLINE, Cause, Verdict, classify
 from hpc_resume.scheduler.environment import JobEnvironment
@@ -27,15 +28,13 @@ from hpc_resume.scheduler.signals import WARNINGS, WATCHED, SignalWatch
 _VERDICT_S = 30.0
 #: Longest wait for the time that is left, before a save: it must not eat up that time.
 _FACTS_S = 1.0
-#: A last save gets at least this long, whatever the scheduler says: its end of a job is not to the second.
-_LEAST_SAVE_S = 10.0
 #: Who leaves without the others waits so long for a signal that is just being passed on: it may have to give up by
 #: itself, which takes the time that rank 0 needs for its last word.
 _ABANDON_S = 1.0
 #: Once a rank has left without saving, the others can do nothing any more, and have this long to leave, too.
 _LEAVE_S = 10.0
-#: Key in the control store: seconds after the request after which rank 0 gives up.
-_PATIENCE = "patience"
+#: While a save is under way that would be the last one to fit, this is how often its end is looked for.
+_LOOK_S = 1.0
 #: Causes that announce the end of the job.
 _ENDING = frozenset({Cause.TIME_LIMIT, Cause.PREEMPTION})
 
@@ -71,6 +70,8 @@ class Stopping:
         A stop has been asked for.
     leaving
         No save can be had any more: whoever can leaves as it is.
+    life
+        What keeps the watchdog of a step from giving up.
     """
 
     def __init__(
@@ -101,9 +102,9 @@ class Stopping:
         self._verdict: Verdict | None = None
         self._verdict_ready = threading.Event()
         self._ends_at_s: float | None = None
-        self._watchdog: threading.Timer | None = None
-        self._guarded = True
-        self._heard_s = self._breathed_s = 0.0
+        self._step_watchdog, self._end_watchdog = Watchdog(), Watchdog()
+        self._heard_s = 0.0
+        self.life = SignsOfLife()
         self.pending = self.leaving = False
 
     def watch(self) -> None:
@@ -158,7 +159,7 @@ class Stopping:
         completed
             Number of completed steps, ``NOT_BEGUN``, or None in the middle of a step.
         """
-        self._breathed_s = time.monotonic()
+        self.life.breathe()
         assert self._agreement is not None
         return completed is not None and self._agreement.due(completed)
 
@@ -199,11 +200,11 @@ class Stopping:
         From now on the watchdog waits for the end of the job instead: a save that takes its time is not cut
         short, and one that hangs does not keep the run from being continued.
         """
-        self._unguard()
+        self._unguard_step()
         left_s = self.left_s()
         if left_s is not None:
             why = "the last checkpoint was not committed before the end of the job"
-            self._watchdog = self._start_timer(max(left_s, _LEAST_SAVE_S), self._expire, why)
+            self._end_watchdog.set(max(left_s, LEAST_SAVE_S), self._expire, why)
         return left_s
 
     def close(self, *, last_word: bool) -> None:
@@ -215,7 +216,8 @@ class Stopping:
             This process is about to leave with an exit code that matters: no signal may kill it before. Without
             it, warnings alone must not: they would have a run continued that is done.
         """
-        self._unguard()
+        self._unguard_step()
+        self._end_watchdog.close()
         self.pending = False
         if self._agreement is not None:
             self._agreement.close()
@@ -223,14 +225,15 @@ class Stopping:
 
     def abandon(self, *, last_word: bool = False) -> None:
         """End watching without the other ranks, which may be gone; ``last_word`` as for :meth:`close`."""
-        self._unguard()
+        self._unguard_step()
+        self._end_watchdog.close()
         self.pending = False
         self._watch.stop(ignored=self._ignored(last_word), patience_s=_ABANDON_S)
 
     def _ignored(self, last_word: bool) -> Collection[signal.Signals]:
-        if last_word:
-            return WATCHED
-        return WARNINGS if self._environment.job_id is not None else ()
+        if self._environment.job_id is None or hasattr(sys, "ps1"):
+            return ()  # no exit code is waited for, or a person goes on in this process: Ctrl-C has to work
+        return WATCHED if last_word else WARNINGS
 
     # ------------------------------------------------- on the threads
 
@@ -255,7 +258,7 @@ class Stopping:
                 threading.Thread(target=self._look_into, args=(details,), daemon=True).start()
         elif kind == "leave":
             self.pending = self.leaving = True
-            self._guard(
+            self._step_watchdog.set(
                 self._until_end(_LEAVE_S),
                 self._overdue,
                 "ranks are leaving without a save, and this one did not",
@@ -268,7 +271,7 @@ class Stopping:
         if first:
             self._heard_s = time.monotonic()
             why = f"no step ended within {self._watchdog_s:g} s of the request to stop"
-            self._guard(self._until_end(self._watchdog_s), self._overdue, why)
+            self._step_watchdog.set(self._until_end(self._watchdog_s), self._overdue, why)
 
     def _look_into(self, details: JsonObject) -> None:
         self._be_patient(self._judge(details))
@@ -312,81 +315,73 @@ class Stopping:
         self._tell_patience(waits.give_up_s)
         if waits.leave_s is None:
             why = f"no step ended within {waits.give_up_s:.3g} s of the request to stop"
-            self._guard(waits.give_up_s, self._overdue, why)
+            self._step_watchdog.set(waits.give_up_s, self._overdue, why)
         else:
-            self._guard(waits.leave_s, self._no_save_fits)
+            self._step_watchdog.set(waits.leave_s, self._no_save_fits)
 
     def _no_save_fits(self) -> None:
+        if self._step_watchdog.closed:
+            return  # it was cancelled too late
+        if (save_left_s := self._save_left_s()) > 0:  # the one that is under way may fit
+            self._step_watchdog.set(min(save_left_s, _LOOK_S), self._no_save_fits)
+            return
         self.leave()
         why = "no step ended in time for a save before the end of the job"
-        self._guard(self._until_end(_LEAVE_S), self._overdue, why)
+        self._step_watchdog.set(self._until_end(_LEAVE_S), self._overdue, why)
 
     def _tell_patience(self, seconds: float) -> None:
         """Tell the other ranks when this one gives up: it knows the end of the job, and they follow."""
         if self._peers is not None:
-            total_s = time.monotonic() - self._heard_s + seconds
-            self._peers.apart().store.set(_PATIENCE, json.dumps(total_s))
+            tell_patience(self._peers, time.monotonic() - self._heard_s + seconds)
 
     def _overdue(self, why: str) -> None:
         """Give up, unless it may wait longer."""
-        with self._lock:
-            if not self._guarded:
-                return  # it was cancelled too late
+        if self._step_watchdog.closed:
+            return  # it was cancelled too late
         later_s = 0.0 if self.leaving else self._later_s()
         if later_s > 0:
-            self._guard(later_s, self._overdue, why)
+            self._step_watchdog.set(later_s, self._overdue, why)
         else:
-            self._expire(why)
+            self._expire("the save that was under way did not end in time" if self.life.saving else why)
 
     def _later_s(self) -> float:
         """Seconds by which this rank waits longer than it was to."""
         now_s = time.monotonic()
+        if self.life.saving:
+            later_s = min(self._save_left_s(), self._watchdog_s)
+        else:  # no step has hung while it was saving, nor has what comes after it
+            later_s = self._until_end(self.life.saved_s + self._watchdog_s - now_s)
         if self._environment.rank != 0:
-            if self._peers is None:
-                return 0.0
-            store = self._peers.apart().store
-            with contextlib.suppress(RuntimeError):  # the store is gone with rank 0
-                if store.check([_PATIENCE]):
-                    return float(json.loads(store.get(_PATIENCE))) - (now_s - self._heard_s)
-            return 0.0
-        if self._verdict is None or self._verdict.cause is not Cause.SIGNAL:
-            return 0.0
-        # The job goes on, and so does whatever breathes.
-        later_s = self._until_end(self._breathed_s + self._watchdog_s - now_s)
+            patience_s = told_patience_s(self._peers, self._watchdog_s)
+            return max(patience_s - (now_s - self._heard_s), later_s)
+        if self._verdict is not None and self._verdict.cause is Cause.SIGNAL:
+            # The job goes on, and so does whatever breathes.
+            later_s = max(later_s, self._until_end(self.life.breathed_s + self._watchdog_s - now_s))
         if later_s > 0:
             self._tell_patience(later_s)
         return later_s
 
-    def _until_end(self, seconds: float) -> float:
-        """Shorten a wait such that there is time for the last word before the job ends."""
+    def _save_left_s(self) -> float:
+        """Seconds that the save which is under way may still take; 0 without one."""
+        saves_s = () if self._deadline is None else self._deadline.pace.saves_s()
+        return self.life.save_left_s(saves_s, self._ends_in_s())
+
+    def _ends_in_s(self) -> float | None:
+        """Seconds until the job ends, as far as this rank knows by now."""
         ends_at_s = self._ends_at_s
         if ends_at_s is None and self._deadline is not None and not self._verdict_ready.is_set():
             ends_at_s = self._deadline.ends_at_s
-        if ends_at_s is None:
-            return seconds
-        return min(seconds, max(ends_at_s - self._clock() - LAST_WORD_S, 0.0))
+        return None if ends_at_s is None else ends_at_s - self._clock()
 
-    def _guard(self, seconds: float, action: Callable[..., None], *args: Any) -> None:
-        """Do something after a time, instead of what was to be done before."""
-        with self._lock:
-            if self._guarded:
-                if self._watchdog is not None:
-                    self._watchdog.cancel()
-                self._watchdog = self._start_timer(seconds, action, *args)
+    def _until_end(self, seconds: float) -> float:
+        """Shorten a wait such that there is time for the last word before the job ends."""
+        ends_in_s = self._ends_in_s()
+        return seconds if ends_in_s is None else min(seconds, max(ends_in_s - LAST_WORD_S, 0.0))
 
-    def _unguard(self) -> None:
+    def _unguard_step(self) -> None:
         if self._deadline is not None:
             self._deadline.close()
-        with self._lock:
-            self._guarded = False
-            if self._watchdog is not None:
-                self._watchdog.cancel()
-
-    def _start_timer(self, seconds: float, action: Callable[..., None], *args: Any) -> threading.Timer:
-        timer = threading.Timer(seconds, action, args)
-        timer.daemon = True
-        timer.start()
-        return timer
+        self._step_watchdog.close()
 
     def _failed(self, kind: str, reason: str) -> None:
         if kind != "save":

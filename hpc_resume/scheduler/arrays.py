@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 from functools import partial
 
 from hpc_resume.errors import SchedulerError
@@ -50,10 +51,15 @@ class SlurmArrays:
             )
         return largest
 
-    def job_states(self) -> dict[str, str]:
-        """Tell how all jobs of this user are that Slurm remembers: ``{"120_3": "RUNNING"}``.
+    def job_states(self, users: Iterable[int] = ()) -> dict[str, str]:
+        """Tell how all jobs of some users are that Slurm remembers: ``{"120_3": "RUNNING"}``.
 
         Those that are over are forgotten after minutes (MinJobAge).
+
+        Parameters
+        ----------
+        users
+            Their numbers; by default, who asks.
 
         Raises
         ------
@@ -61,7 +67,8 @@ class SlurmArrays:
             If Slurm does not answer.
         """
         # --array: each element by itself, also those that wait
-        words = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i %T"]
+        whose = ",".join(map(str, sorted(users) or [os.getuid()]))
+        words = ["squeue", "--noheader", "--array", "--states=all", f"--user={whose}", "--format=%i %T"]
         lines = (line.split() for line in self._ask(*words).splitlines())
         return {line[0]: line[1] for line in lines if len(line) == 2}
 

@@ -42,6 +42,8 @@ class Cause(str, Enum):
     DONE = "done"
     #: The run can't go on on these nodes, or on this number of ranks.
     DECLINED = "declined"
+    #: The run, as it stands or as it was started, can't go on anywhere: a person has to decide.
+    REFUSED = "refused"
     NO_PROGRESS = "no_progress"
     UNKNOWN = "unknown"
 

@@ -12,6 +12,7 @@ folder     chain   where it was submitted
 latest     chain   the job that has begun last
 over       chain   no job comes after this one, and why
 from       chain   number of the first node type that is still asked for
+vain       chain   how many jobs in a row have ended before their ranks had begun or restored
 after      job     jobs that wait to go on from it
 taken      job     a link: the job that has gone on from it
 type       job     number of its node type, where it was changed in the queue

@@ -13,7 +13,7 @@ from hpc_resume.checkpoint.commit import claim_attempt, finish_earlier_commits
 from hpc_resume.checkpoint.image import Piece
 from hpc_resume.checkpoint.layout import Layout
 from hpc_resume.checkpoint.manifest import read_manifest
-from hpc_resume.checkpoint.reader import CheckpointReader
+from hpc_resume.checkpoint.reader import CheckpointReader, Wanted
 from hpc_resume.checkpoint.receipt import Header
 from hpc_resume.checkpoint.snapshot import Camera, Captured, bytes_of, pieces_of
 from hpc_resume.checkpoint.staging import Staging
@@ -134,11 +134,12 @@ class World:
             assert verify_checkpoint(folder, manifest, threads=1) == []
         assert manifest.objects == {"step": manifest.step}
         with CheckpointReader(folder, manifest, threads=1) as reader:
-            for name, expected in self.values(manifest.step).items():
-                found = torch.empty_like(expected)
-                reader.read(name, Box.whole(expected.shape), found)
+            values = self.values(manifest.step)
+            found = {name: torch.empty_like(value) for name, value in values.items()}
+            reader.read_all(Wanted(name, Box.whole(out.shape), out) for name, out in found.items())
+            for name, expected in values.items():
                 # Not torch.equal: its threads would take longer than all the rest.
-                assert bytes_of(found).tobytes() == bytes_of(expected).tobytes(), name
+                assert bytes_of(found[name]).tobytes() == bytes_of(expected).tobytes(), name
             for rank in set(range(manifest.world_size)) - set(manifest.missing_ranks):
                 assert reader.private(rank, f"ranks/{rank:05d}/")["rng"].tolist() == [rank] * 5
         return manifest.step
@@ -220,3 +221,22 @@ def begin(
     number = claim_attempt(run, fs=fs)
     promised += finish_earlier_commits(run, fs=fs)[0]
     return Attempt(world, run, number, fs, promised=promised, **options)
+
+
+def three_saves(root: Path) -> RunDirectory:
+    """Make a run whose step 20 refers to step 10, and step 30 to both."""
+    run = RunDirectory(root / "run")
+    attempt = begin(World(1), run, [])
+    for step in (10, 20, 30):
+        attempt.save(step)
+    attempt.close()
+    return run
+
+
+def two_attempts(world, run):
+    """Have a run's two attempts save: steps 20 and 30 refer to the ones before, 40 and 60 to none of them."""
+    for steps in ((10, 20, 30), (40, 60)):
+        attempt = begin(world, run, [])
+        for step in steps:
+            attempt.save(step)
+        attempt.close()

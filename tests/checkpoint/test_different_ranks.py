@@ -84,7 +84,7 @@ def test_plain_tensors_that_are_not_the_same_are_refused(tmp_path):
         tmp_path / "module",
         2,
         lambda rank: {"model": Stage(rank)},
-        r"model/layer\.(bias|weight) of rank 1 is not the same as rank 0's, and of each element only one",
+        r"model/layer\.(bias|weight) of rank 1 is not the same as rank 0's \(one of 2 such tensors\), and only rank 0's",
     )
     refused(
         tmp_path / "dict",

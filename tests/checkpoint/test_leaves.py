@@ -46,6 +46,12 @@ def test_three_that_are_at_one_place_and_two_of_them_one():
     assert set(leaves) == {"k/a", "k/b"}
 
 
+def test_a_conjugate_is_not_one_with_what_it_is_the_conjugate_of():
+    x = torch.randn(3, dtype=torch.complex64)
+    _, leaves = flatten("k", {"x": x, "conjugate": x.conj(), "same": x})
+    assert set(leaves) == {"k/x", "k/conjugate"}
+
+
 def test_dicts_of_tensors_keep_their_odd_keys():
     state = {"": torch.ones(1), ".": torch.zeros(1), "a/b%": torch.ones(2)}
     tree, leaves = flatten("k", state)
@@ -93,10 +99,14 @@ def test_names_that_clash_are_refused():
     [
         (torch.ones(2, 2).to_sparse(), "layout torch.sparse_coo"),
         (torch.ones(2, device="meta"), "meta device"),
+        (torch.ones(2, dtype=torch.complex32), "tensors of type torch.complex32"),
+        (np.ones(2, ">f4"), "an array of type '>f4'.*astype"),
+        (np.ones(2, np.longdouble), "an array of type '<f16'.*astype"),
+        (np.ma.array([1.0, 2.0], mask=[0, 1]), "type numpy.ma.*MaskedArray can't be stored"),
     ],
 )
 def test_tensors_that_cannot_be_stored_are_refused_by_their_path(tensor, why):
-    with pytest.raises(StateError, match=f"k/x.*{why}"):
+    with pytest.raises(StateError, match=f"k(/x|\\['x'\\]).*{why}"):
         flatten("k", {"x": tensor})
 
 

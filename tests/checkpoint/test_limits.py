@@ -117,7 +117,11 @@ def test_a_parameter_that_never_had_a_gradient_can_be_restored(tmp_path):
     ids=["time", "numpy-text", "long-integer", "half-a-character", "long-name"],
 )
 def test_what_could_not_be_read_is_not_stored(value, why):
-    state = TrackedState({"extra": {"value": value}}, rank=0, world_size=1)
+    with pytest.raises(StateError, match=why):
+        TrackedState({"extra": {"value": value}}, rank=0, world_size=1)
+    extra = {}
+    state = TrackedState({"extra": extra}, rank=0, world_size=1)
+    extra["value"] = value  # while training
     with pytest.raises(StateError, match=why):
         state.capture({})
 

@@ -147,6 +147,17 @@ def test_into_a_module_with_its_ties_and_extra_state(saved):
     assert other.extra == {"seen": 5}
 
 
+def test_a_conjugate_is_loaded_as_what_it_shows(tmp_path):
+    net, other = (torch.nn.Module() for _ in range(2))
+    for each in (net, other):
+        each.weight = torch.nn.Parameter(torch.randn(5, dtype=torch.complex64).conj())
+    commit_state(tmp_path, model=net)
+    with hr.Checkpoint(tmp_path) as ckpt:
+        ckpt.load_into(other)
+    assert torch.equal(other.weight, net.weight)
+    assert other.weight.is_conj()
+
+
 def test_into_a_state_dict_by_pattern(saved):
     root, net = saved
     state = {

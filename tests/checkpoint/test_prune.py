@@ -1,6 +1,8 @@
 """Deleting checkpoints of a run with incremental ones, interrupted anywhere."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -9,8 +11,9 @@ from click.testing import CliRunner
 from hpc_resume import cli
 from hpc_resume.checkpoint.prune import apply_pruning, plan_pruning
 from hpc_resume.checkpoint.verify import verify_run
-from hpc_resume.errors import CheckpointNotFound, UsageError
+from hpc_resume.errors import CheckpointNotFound, IntegrityError, UsageError
 from hpc_resume.rundir import RunDirectory, checkpoint_step
+from hpc_resume.untrusted import read_regular
 from tests.checkpoint.faulty import Faulty, Killed
 from tests.checkpoint.story import World, begin
 
@@ -85,6 +88,46 @@ def test_a_damaged_newest_one_does_not_count(run):
     plan = plan_pruning(run, keep=1)
     assert plan.keep[run.checkpoint_names()[-1]] == "damaged, kept for inspection"
     assert plan.keep[run.checkpoint_names()[-2]] == "newest full one"
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Parts of paths of files that the server does not give out just now."""
+    parts = set()
+
+    def read(path, **options):
+        if any(part in str(path) for part in parts):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read_regular(path, **options)
+
+    for module in ("manifest", "receipt"):
+        monkeypatch.setattr(f"hpc_resume.checkpoint.{module}.read_regular", read)
+    return parts
+
+
+def test_nothing_is_deleted_while_it_is_not_known_what_is_needed(run, unreadable):
+    plan = plan_pruning(run, keep=1)
+    names = run.checkpoint_names()
+    unreadable.add(f"{names[-1]}/manifest.json")  # which refers to the one before it
+    with pytest.raises(IntegrityError, match=r"Stale file handle.*nothing is deleted"):
+        plan_pruning(run, keep=1)
+    with pytest.raises(IntegrityError, match=r"Stale file handle.*nothing is deleted"):
+        apply_pruning(run, plan)
+    assert run.checkpoint_names() == names
+
+
+def test_what_can_not_be_read_just_now_is_committed_later(run, unreadable):
+    attempt = begin(WORLD, run, [])
+    attempt.write(80)
+    attempt.close()
+    unreadable.add("/receipts/")
+    with pytest.raises(IntegrityError, match="Stale file handle"):
+        plan_pruning(run, keep=1)
+    begin(WORLD, run, promised := []).close()
+    assert promised == []
+    unreadable.clear()
+    begin(WORLD, run, promised).close()
+    assert steps(promised) == [80]
 
 
 def test_what_may_still_be_committed_keeps_what_it_refers_to(run):

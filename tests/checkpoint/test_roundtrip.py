@@ -221,8 +221,13 @@ def test_every_difference_is_listed_at_once(tmp_path):
 
 
 def test_what_cannot_be_stored_is_refused_by_its_path():
-    state = TrackedState({"meta": {"a": [1, {"b": random.Random()}]}}, rank=0, world_size=1)
-    with pytest.raises(StateError, match=r"meta\['a'\]\['1'\]\['b'\].*random.Random"):
+    meta = {"a": [1, {"b": random.Random()}]}
+    refused = pytest.raises(StateError, match=r"meta\['a'\]\['1'\]\['b'\].*random.Random")
+    with refused:
+        TrackedState({"meta": meta}, rank=0, world_size=1)  # before training
+    state = TrackedState({"meta": (later := {})}, rank=0, world_size=1)
+    later.update(meta)
+    with refused:
         state.capture({})
 
 

@@ -45,9 +45,9 @@ BATCH = 8
 #: Address space that they may take beyond what the process has taken when it is forked.
 MEMORY_BYTES = 256 << 20
 #: Processor time that they may take.
-CPU_S = 8
+CPU_S = 30
 #: ... and time on the clock, on a machine that has other things to do.
-WALL_S = 120
+WALL_S = 200
 #: Names of the errors that a read may end in.
 OURS = {error.__name__ for error in (IntegrityError, CheckpointNotFound, MismatchError, StateError)}
 

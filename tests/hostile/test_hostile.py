@@ -29,9 +29,10 @@ def base(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("hostile") / "run").root
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("share", ["0/2", "1/2"])
 def test_every_hostile_run_ends_in_one_clear_error(tmp_path, share):
-    """Every way to read it, in 256 MB and 8 s, without a traceback, a write, or a call of HDF5."""
+    """Every way to read it, in 256 MB and 30 s of a slow machine, without a traceback, a write, or a call of HDF5."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.hostile.runner", str(tmp_path), "--share", share],
         cwd=REPOSITORY,
@@ -39,7 +40,7 @@ def test_every_hostile_run_ends_in_one_clear_error(tmp_path, share):
         capture_output=True,
         text=True,
         check=False,
-        timeout=220,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]

@@ -273,7 +273,11 @@ def test_a_failure_that_the_time_limit_provoked_is_no_failure(tmp_path, world):
 def test_a_program_that_only_gets_killed_is_given_up(tmp_path, world):
     state = play(tmp_path, world, *[({}, Rank(ends=(2, -9))) for _ in range(5)], max_idle=3)
     assert (state.state, len(world.ranks)) == ("FAILED", 3)
-    assert "no new checkpoint in 3 attempts (budget.max_idle)" in state.why
+    assert (
+        "killed by signal 9 (SIGKILL); no new checkpoint in 3 attempts (budget.max_idle); the last"
+        in state.why
+    )
+    assert "before hr.Run began" in state.why
 
 
 def test_a_new_checkpoint_renews_the_budget(tmp_path, world):

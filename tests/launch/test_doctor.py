@@ -349,6 +349,7 @@ def test_the_jobs_script_is_small_and_right(tmp_path, settings):
     text = render_probe(config_in(tmp_path, **settings), tmp_path)
     (tmp_path / "probe").write_text(text)
     subprocess.run(["bash", "-n", tmp_path / "probe"], check=True)
+    assert text.index("export SLURM_EXPORT_ENV=ALL") < text.index("srun ")
     asked = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     assert {
         "#SBATCH --nodes=1",

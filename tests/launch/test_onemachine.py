@@ -45,7 +45,7 @@ def executor(tmp_path):
                 os.kill(state.controller_pid, signal.SIGKILL)
 
 
-def until(condition, seconds=30.0):
+def until(condition, seconds=120.0):
     """Wait for something that will be; fails after a time that no machine needs."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -121,11 +121,14 @@ def test_a_failure_is_reported_with_its_traceback(executor):
 
 
 def test_time_limit_then_preemption_then_the_end(executor, tmp_path):
-    """The whole chain with real signals: each attempt on another node type, and the state file right each time."""
+    """The whole chain with real signals: each attempt on another node type, and the state file right each time.
+
+    Ranks must have begun when the signals come, on a machine with other things to do, too.
+    """
     job = executor(
         node_types=[
-            {"name": "pair", "ranks": 2, "time_limit_s": 3.5},
-            {"name": "single", "preempt_after_s": 2, "grace_s": 60},
+            {"name": "pair", "ranks": 2, "time_limit_s": 15},
+            {"name": "single", "preempt_after_s": 6, "grace_s": 60},
             {"name": "last", "ranks": 2},
         ]
     ).submit(save_on, "SIGUSR2", "SIGTERM", note=str(tmp_path / "note"), finish_on="last")
@@ -291,6 +294,21 @@ def test_a_job_of_another_machine_is_not_signalled(executor, monkeypatch):
     dataclasses.replace(LocalState.read(path), host="elsewhere", state="RUNNING").write(path)
     assert job.state == "RUNNING"
     with pytest.raises(SchedulerError, match="runs on elsewhere"):
+        job.cancel()
+
+
+def test_a_job_of_somebody_else_is_not_signalled(executor, monkeypatch):
+    job = executor().submit(multiply, 1, 2)
+    finish(job)
+    path, pid = state_path(job.paths.folder, job.job_id), os.getpid()
+    mine = {"controller_pid": pid, "controller_ticks": process_ticks(pid)}
+    dataclasses.replace(LocalState.read(path), state="RUNNING", **mine).write(path)
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    with pytest.raises(SchedulerError, match="belongs to someone else"):
         job.cancel()
 
 

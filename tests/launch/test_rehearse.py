@@ -13,7 +13,7 @@ CLUSTER = Config(
     scheduler="slurm",
     continuation="array",
     time_limit_s=86400,
-    budget={"crashes": 1},
+    budget={"crashes": 1, "backoff_s": 7},
     environment={"setup": ["export A=1"], "variables": {"B": "2"}},
     node_types=[{"name": "a100", "nodes": 2, "tasks_per_node": 4, "precision": "bf16", "micro_batch": 4}],
 )
@@ -33,6 +33,7 @@ def test_a_clusters_settings_become_those_of_one_machine():
     assert len({each.name for each in config.node_types}) == 3
     assert (config.budget.crashes, config.budget.max_idle) == (None, 5)
     assert config.budget.restarts_in_place == 0
+    assert config.budget.backoff_s == Config().budget.backoff_s  # the user's are not meant here
 
 
 def test_what_a_script_reads_from_its_own_files_is_overruled():

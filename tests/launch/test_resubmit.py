@@ -6,11 +6,16 @@ import pytest
 from hpc_resume.config import Config
 from hpc_resume.errors import CheckpointNotFound, SchedulerError, UsageError
 from hpc_resume.launch.resubmit import Resubmission
+from hpc_resume.provenance.running import take_source
+from hpc_resume.provenance.source import read_source
+from hpc_resume.provenance.sources import Sources
 from hpc_resume.rundir import RunDirectory, sealed
 from hpc_resume.scheduler.base import UNKNOWN, JobFacts
 from hpc_resume.scheduler.notes import Notes
 
 NOW_S = 2_000_000_000.0
+#: Stands in place of a state while Slurm does not answer.
+SILENT = "no answer within 10 s"
 TYPES = [
     {"name": "a", "partition": "main", "constraint": "a100", "wait_limit_s": 60},
     {"name": "b", "partition": "low"},
@@ -30,11 +35,12 @@ class Queue:
     told: list = dataclasses.field(default_factory=list)
 
     def facts(self, job_id):
-        state = self.states.get(job_id, UNKNOWN)
-        return JobFacts(state=state, evidence="Invalid job id" if state == UNKNOWN else state)
+        said = self.states.get(job_id, UNKNOWN)
+        evidence = "Invalid job id" if said == UNKNOWN else said
+        return JobFacts(state=UNKNOWN if said == SILENT else said, evidence=evidence)
 
     def forgotten(self, facts):
-        return facts.state == UNKNOWN
+        return facts.state == UNKNOWN and facts.evidence != SILENT
 
     def waiting(self, job_id):
         return self.waits.get(job_id)
@@ -180,6 +186,18 @@ def test_what_a_dead_claimant_has_submitted_is_found(run):
     assert queue.told == []
 
 
+@pytest.mark.parametrize("states", [{"12": SILENT}, {"12": "FAILED", "13": SILENT}])
+def test_nothing_is_submitted_while_slurm_does_not_answer(run, monkeypatch, states):
+    queue = Queue(states)
+    looking, notes = made(run, queue)
+    if "13" in states:
+        notes.write("after", "12", "13")
+        monkeypatch.setattr(Notes, "age_s", lambda *_: 3600.0)
+    with pytest.raises(SchedulerError, match=r"no answer .* nothing was submitted"):
+        looking.resubmit()
+    assert queue.told == []
+
+
 def test_a_run_without_a_script_cannot_be_submitted(run):
     looking, notes = made(run, Queue({"12": "FAILED"}))
     notes.path("script", "12").unlink()
@@ -277,3 +295,32 @@ def test_a_watch_moves_on_when_the_wait_limit_is_over_and_ends_with_the_run(run)
 
     assert looking.watch(every_s=25, say=say).over
     assert said == ["job 12 is PENDING", "job 12 asks for b now", "all steps are done"]
+
+
+def test_the_newer_code_is_taken_if_that_is_asked_for(run, tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "train.py").write_text("x = 1\n")
+    queue = Queue({"12": "FAILED"})
+    looking, _ = made(run, queue)
+    with pytest.raises(UsageError, match=r"environment\.source=live"):
+        looking.refresh_source()
+    sources = Sources.of(run)
+    first = take_source(sources, read_source(project))
+    sources.choose(first)
+    assert looking.refresh_source() == "nothing has changed"
+    assert sources.chosen().digest == first.digest
+    (project / "train.py").write_text("x = 2\n")
+    assert looking.refresh_source() == "train.py"
+    assert sources.read(sources.chosen().digest, ["train.py"]) == {"train.py": b"x = 2\n"}
+    queue.states["12"] = "RUNNING"
+    with pytest.raises(UsageError, match="job 12 is RUNNING"):
+        looking.refresh_source()
+    queue.states["12"] = SILENT
+    with pytest.raises(SchedulerError, match="no answer"):
+        looking.refresh_source()
+    queue.states["12"] = "PENDING"
+    (project / "train.py").unlink()
+    project.rmdir()
+    with pytest.raises(UsageError, match="not there any more"):
+        looking.refresh_source()

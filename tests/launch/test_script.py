@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from hpc_resume.config import Config
 from hpc_resume.errors import UsageError
-from hpc_resume.launch.script import node_type_options, render, slurm_time
+from hpc_resume.launch.script import _settings_as_variables, node_type_options, render, slurm_time
 from hpc_resume.scheduler.notes import Notes
 
 RUN_DIR = Path("/scratch/eve/runs/gpt")
@@ -17,20 +16,22 @@ SLURM_ENVIRON = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1"}
 # Stand-ins for Slurm's commands: they write down how they were called, and answer from files.
 FAKES = {
     "srun": """\
-echo "srun $*" >> calls; env | grep -E '^(HPC_RESUME|SRUN|PYTHONUN|SUBMITIT|A_)' >> environment
+echo "srun $*" >> calls; env | grep -E '^(HPC_RESUME|SRUN|SLURM_EX|PYTHONUN|SUBMITIT|A_)' >> environment
 while [[ ${1:-} == -* ]]; do shift; done
 "$@"
 """,
     "scontrol": """\
 echo "scontrol $*" >> calls
 if [ "$1" = requeue ]; then
+    count=$(grep -c 'scontrol requeue' calls)
+    if [ -e "answer-$count" ]; then cat "answer-$count"; exit 1; fi
     cat answer 2>/dev/null
     exit "$(cat code 2>/dev/null || echo 0)"
 fi
 count=$(grep -c 'scontrol show' calls)
 if [ -e "facts-$count" ]; then cat "facts-$count"; else cat facts; fi
 """,
-    "sleep": "echo sleep >> calls\n",
+    "sleep": 'echo "sleep $1" >> calls\n',
     "sbatch": """\
 echo "sbatch $*" >> calls
 env | grep ^SLURM_ | sed 's/^/sbatch environment: /' >> calls
@@ -217,6 +218,8 @@ def test_with_a_stored_configuration_its_path_is_all(batch):
         "HPC_RESUME_NODE_TYPE=a100",
         f"HPC_RESUME_RUN_DIR={batch.folder}/run",
         "PYTHONUNBUFFERED=1",
+        "SLURM_EXIT_ERROR=194",
+        "SLURM_EXPORT_ENV=ALL",
         "SRUN_CPUS_PER_TASK=8",
         "SUBMITIT_EXECUTOR=slurm",
     ]
@@ -232,6 +235,8 @@ def test_without_one_the_ranks_read_the_same_settings_from_the_environment(batch
             "checkpoint": {"every_steps": 7, "every_s": None},
             "stop.watchdog_s": 12.5,
             "budget.max_idle": 9,
+            "data": {"paths": ["/a b", "$TMPDIR/it's"], "preprocessing": "1.5", "check": "off", "ignore": []},
+            "allow_data_change": "labels: fixed",
             "node_types": [{"time_limit_s": 3600}],
         }
     )
@@ -239,10 +244,35 @@ def test_without_one_the_ranks_read_the_same_settings_from_the_environment(batch
     lines = (batch.folder / "environment").read_text().splitlines()
     environ = dict(line.split("=", 1) for line in lines)
     read = Config.load(environ=environ)
-    for setting in ("name", "seed", "warning_lead_s", "warning_signal", "checkpoint", "stop", "budget"):
+    for setting in (
+        "name",
+        "seed",
+        "warning_lead_s",
+        "warning_signal",
+        "checkpoint",
+        "stop",
+        "budget",
+        "data",
+    ):
         assert getattr(read, setting) == getattr(config, setting), setting
+    assert read.allow_data_change == config.allow_data_change
     assert read.time_limit_s == 3600
     assert read.run_dir == str(batch.folder / "run")
+
+
+def test_a_job_that_was_submitted_without_its_environment_gives_ranks_what_it_has_set_up(batch):
+    assert batch(["true"], environ={**SLURM_ENVIRON, "SLURM_EXPORT_ENV": "NONE"})[0] == 0
+    assert "SLURM_EXPORT_ENV=ALL" in (batch.folder / "environment").read_text().splitlines()
+
+
+@pytest.mark.parametrize("own", [None, "4"])
+def test_the_cpus_of_another_jobs_ranks_are_not_asked_for(batch, own):
+    environ = {**SLURM_ENVIRON, "SRUN_CPUS_PER_TASK": "8", **({"SLURM_CPUS_PER_TASK": own} if own else {})}
+    assert batch(["true"], environ=environ)[0] == 0
+    lines = (batch.folder / "environment").read_text().splitlines()
+    assert [line for line in lines if line.startswith("SRUN")] == (
+        [f"SRUN_CPUS_PER_TASK={own}"] if own else []
+    )
 
 
 def test_a_line_of_shell_is_taken_as_it_is(batch):
@@ -423,7 +453,7 @@ def test_where_no_attempt_has_begun_nothing_is_left_and_nothing_said(batch):
     assert batch(["true"])[:2] == (0, "")
 
 
-@pytest.mark.parametrize("code", [75, 129, 137, 143, 192])
+@pytest.mark.parametrize("code", [75, 129, 137, 143, 192, 194])
 @pytest.mark.parametrize(
     ("state", "reason"),
     [("RUNNING", "None"), ("SIGNALING", "None"), ("COMPLETING", "TimeLimit"), ("TIMEOUT", "TimeLimit")],
@@ -479,12 +509,164 @@ def test_a_lookup_that_fails_is_tried_again(batch):
     assert len(asked(calls, "show")) == 3
 
 
+AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n"
+
+
 def test_a_lookup_that_fails_for_good_requeues_nothing(batch):
-    (batch.folder / "facts").write_text("slurm_load_jobs error: Unable to contact slurm controller\n")
+    (batch.folder / "facts").write_text(AWAY)
     code, err, calls = batch(["bash", "-c", "exit 75"])
     assert code == 75
     assert asked(calls, "requeue") == []
-    assert "(unknown)" in err
+    assert "(unknown): slurm_load_jobs error" in err
+    assert calls.count("sleep 15") == 40
+
+
+def test_a_controller_that_is_away_is_waited_for(batch):
+    for count in range(1, 13):  # three times in each look
+        (batch.folder / f"facts-{count}").write_text(AWAY)
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    for count in (1, 2):
+        (batch.folder / f"answer-{count}").write_text(
+            "Unable to contact slurm controller (connect failure)\n"
+        )
+    (batch.folder / "answer-3").write_text("slurm_requeue error: Socket timed out on send/recv operation\n")
+    code, err, calls = batch(["bash", "-c", "exit 75"])
+    assert code == 0
+    assert calls.count("sleep 15") == 4 + 3
+    assert calls[-2:] == ["scontrol show job 12", "scontrol requeue 12"]
+    assert "will go on" in err
+
+
+def test_a_requeue_that_slurm_has_heard_although_it_did_not_answer_is_not_repeated(batch):
+    (batch.folder / "facts-1").write_text(facts("RUNNING"))
+    (batch.folder / "facts").write_text(facts("COMPLETING"))
+    (batch.folder / "answer-1").write_text("Socket timed out on send/recv operation\n")
+    code, _, calls = batch(["bash", "-c", "exit 75"])
+    assert code == 75
+    assert asked(calls, "") == ["scontrol show job 12", "scontrol requeue 12", "scontrol show job 12"]
+
+
+def test_nobody_is_waited_for_in_a_job_that_is_being_ended(batch):
+    (batch.folder / "facts").write_text(AWAY)
+    (batch.folder / "bin/sleep").write_text('#!/bin/bash\necho "sleep $1" >> calls; kill -TERM $PPID\n')
+    code, _, calls = batch(["bash", "-c", "exit 75"])
+    assert code == 75
+    assert calls.count("sleep 15") == 0
+    (batch.folder / "bin/sleep").write_text(
+        '#!/bin/bash\necho "sleep $1" >> calls; [ $1 = 1 ] || kill -TERM $PPID\n'
+    )
+    code, _, calls = batch(["bash", "-c", "exit 75"])
+    assert code == 75
+    assert calls.count("sleep 15") == 1
+
+
+# -- jobs that come to nothing before the ranks keep a budget of it -------------------------------------------
+
+
+def job_of(way, number):
+    """Give the arguments and the environment of the first, second, third … job of a run."""
+    if way == "array":
+        element = {
+            "SLURM_ARRAY_JOB_ID": "12",
+            "SLURM_ARRAY_TASK_ID": str(number),
+            "SLURM_ARRAY_TASK_MAX": "9",
+        }
+        return [], SLURM_ENVIRON | element
+    if way in {"chain", "login"} and number > 1:
+        return ["12", str(10 + number)], SLURM_ENVIRON | {"SLURM_JOB_ID": str(11 + number)}
+    return [], SLURM_ENVIRON | ({"SLURM_RESTART_COUNT": str(number - 1)} if number > 1 else {})
+
+
+@pytest.mark.parametrize("way", ["requeue", "chain", "array", "exit", "login"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(143, id="a module is not there: its peers were ended"),
+        pytest.param(75, id="ranks that did not meet"),
+        pytest.param(194, id="srun could not start them"),
+    ],
+)
+def test_jobs_in_a_row_whose_ranks_never_begin_end_the_run(batch, way, code):
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    config = Config(continuation=way)
+    for number in (1, 2):
+        words, environ = job_of(way, number)
+        got, _, _ = batch(["bash", "-c", f"exit {code}"], *words, config=config, environ=environ)
+        assert got == (code if way == "login" else 0)
+        assert batch.notes.read("over", "12") == ""
+    words, environ = job_of(way, 3)
+    got, err, calls = batch(["bash", "-c", f"exit {code}"], *words, config=config, environ=environ)
+    assert got == (1 if code == 75 else code)
+    why = f"3 jobs in a row ended before the ranks had begun or restored (exit code {code})"
+    assert batch.notes.read("over", "12") == why
+    assert why in err
+    assert asked(calls, "requeue") == []
+    waiting = {"chain": {"scancel --state=PENDING 13"}, "array": {"scancel --state=PENDING 12"}}
+    assert {call for call in calls if call.startswith("scancel")} == waiting.get(way, set())
+
+
+def test_it_is_the_budgets_number(batch):
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    assert batch(["bash", "-c", "exit 143"], config=Config(budget={"max_idle": 1}))[0] == 143
+
+
+def journal(batch, *kinds):
+    """Shell that leaves an attempt's journal behind."""
+    folder = batch.folder / "run/attempts/0007"
+    lines = "".join(json.dumps({"t": 1.5, "event": kind}) + "\\n" for kind in kinds)
+    return f"mkdir -p {folder}; printf '{lines}' > {folder}/events.jsonl"
+
+
+@pytest.mark.parametrize("kind", ["fresh", "restored", "ended"])
+def test_an_attempt_that_gets_further_ends_the_row(batch, kind):
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    batch.notes.write("vain", "12", "2")
+    again = {**SLURM_ENVIRON, "SLURM_RESTART_COUNT": "2"}
+    code, _, _ = batch(["bash", "-c", f"{journal(batch, 'begun', kind)}; exit 138"], environ=again)
+    assert code == 0
+    assert batch.notes.read("vain", "12") == ""
+    batch.notes.write("vain", "12", "1")
+    assert batch(["bash", "-c", "exit 75"], environ=again)[0] == 0  # what an earlier job has come to
+    assert batch.notes.read("vain", "12") == "2"
+
+
+def test_an_attempt_that_is_killed_before_it_has_restored_counts(batch):
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    batch(["bash", "-c", f"{journal(batch, 'begun', 'met')}; exit 137"])
+    assert batch.notes.read("vain", "12") == "1"
+
+
+@pytest.mark.parametrize(
+    ("shown", "ends"),
+    [
+        pytest.param(facts("RUNNING") + "   PreemptTime=2026-11-24T08:30:53\n", "exit 143", id="preempted"),
+        pytest.param(facts("COMPLETING"), "exit 143", id="being ended"),
+        pytest.param(facts("COMPLETING", "TimeLimit"), "exit 143", id="time limit"),
+        pytest.param(facts("RUNNING"), "kill -TERM $(ps -o ppid= $PPID); exit 143", id="this shell was told"),
+        pytest.param(facts("RUNNING"), "exit 138", id="warned by USR1"),
+        pytest.param(facts("RUNNING"), "exit 140", id="warned by USR2"),
+    ],
+)
+def test_a_job_that_slurm_ends_does_not_count(batch, shown, ends):
+    (batch.folder / "facts").write_text(shown)
+    batch.notes.write("vain", "12", "2")
+    batch(["bash", "-c", ends], environ={**SLURM_ENVIRON, "SLURM_RESTART_COUNT": "2"})
+    assert (batch.notes.read("vain", "12"), batch.notes.read("over", "12")) == ("2", "")
+
+
+def test_what_is_not_known_of_a_job_does_not_keep_it_from_counting(batch):
+    """Where compute nodes can't ask Slurm, the run would be submitted for ever."""
+    (batch.folder / "facts").write_text(AWAY)
+    batch(["bash", "-c", "exit 143"], config=Config(continuation="login"))
+    assert batch.notes.read("vain", "12") == "1"
+
+
+@pytest.mark.parametrize("way", ["requeue", "chain"])
+def test_a_job_that_a_person_submits_begins_a_new_row(batch, way):
+    (batch.folder / "facts").write_text(facts("RUNNING"))
+    batch.notes.write("vain", "12", "2")  # of a job 12 of long ago
+    assert batch(["bash", "-c", "exit 143"], config=Config(continuation=way))[0] == 0
+    assert batch.notes.read("vain", "12") == "1"
 
 
 def test_an_array_element_is_named_by_array_and_index(batch):
@@ -524,17 +706,13 @@ def test_strict_shell_options_of_a_setup_line_do_no_harm(batch):
     assert asked(calls, "requeue") == ["scontrol requeue 12"]
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("way", ["requeue", "chain", "array", "exit", "login"])
-def test_shellcheck_has_nothing_to_say(tmp_path, way, several):
-    if several and way == "array":
-        pytest.skip("an array has one node type")
+def test_shellcheck_has_nothing_to_say(tmp_path, shellcheck, way):
     script = tmp_path / "job.sbatch"
-    config = Config(continuation=way, node_types=TYPES if several else TYPES[:1])
-    script.write_text(render(config, command=["python", "train.py"], run_dir=RUN_DIR))
-    done = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
-    assert done.stdout == ""
+    for types in [TYPES[:1]] if way == "array" else [TYPES[:1], TYPES]:
+        config = Config(continuation=way, node_types=types)
+        script.write_text(render(config, command=["python", "train.py"], run_dir=RUN_DIR))
+        assert shellcheck(script) == ""
 
 
 def test_lines_are_not_too_long_to_read():
@@ -545,3 +723,15 @@ def test_lines_are_not_too_long_to_read():
     )
     assert max(map(len, text.splitlines())) <= 110
     assert "\n\n\n" not in text
+
+
+def test_reasons_reach_the_ranks_whatever_they_say():
+    settings = {"why": 'it\'s 50% "worse": $HOME', "allow_config_change": "yes, really"}
+    variables = _settings_as_variables(Config(**settings))
+    assert Config.load(environ=variables) == Config(**settings)
+    text = render(Config(**settings), command=["python", "train.py"], run_dir=Path("/run"))
+    (line,) = [line for line in text.splitlines() if "HPC_RESUME_WHY" in line]
+    done = subprocess.run(
+        ["bash", "-c", f'{line}\nprintf %s "$HPC_RESUME_WHY"'], capture_output=True, check=True, text=True
+    )
+    assert done.stdout == variables["HPC_RESUME_WHY"]

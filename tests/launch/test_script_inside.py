@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import time
 
@@ -37,6 +36,8 @@ ENVIRON = {
     "SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_PARTITION": "main",
 }  # fmt: skip
 CRASHED = {"event": "ended", "cause": "crash", "evidence": "rank 1 was killed", "decision": "continue"}
+STOPPED = {**CRASHED, "decision": "stop"}
+FRESH = {"event": "fresh", "step": 0}
 #: With which srun ends the peers of a rank that died.
 PEERS = {"event": "stop_requested", "cause": "signal", "signal": "SIGTERM", "rank": 0}
 
@@ -174,10 +175,48 @@ def test_ranks_that_left_no_word_but_were_not_killed_by_a_crash(batch, code):
     assert (batch.starts, len(batch.asked("requeue"))) == (1, 1)
 
 
+def test_a_code_of_sruns_own_is_not_left_as_the_ranks(batch):
+    assert batch("exit 137", "exit 194") == 0
+    assert (batch.starts, len(batch.asked("requeue"))) == (2, 1)
+    assert not (batch.run / "attempts/.exit-12-0.json").exists()
+    assert batch(f"{batch.attempt(1, FRESH)}; exit 137", "exit 194") == 0
+    assert json.loads((batch.run / "attempts/.exit-12-0.json").read_text()) == {"-1": 137}
+
+
 @pytest.mark.parametrize("code", [0, 1, 2, 127, 255])
 def test_the_end_and_a_mistake_are_passed_on(batch, code):
-    assert batch(f"{batch.attempt(1, CRASHED)}; exit {code}") == code
+    assert batch(f"{batch.attempt(1, FRESH, STOPPED)}; exit {code}") == code
     assert (batch.starts, batch.asked("")) == (1, [])
+
+
+# -- srun leaves with 1 where the kernel has killed for want of memory, whatever the ranks left with ---------
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "restarts"),
+    [
+        pytest.param([FRESH, CRASHED], 75, True, id="rank 0 has told of a crash"),
+        pytest.param([FRESH, {**CRASHED, "cause": "out_of_memory"}], 75, False, id="of want of memory"),
+        pytest.param([FRESH], 137, True, id="it was killed"),
+        pytest.param([{"event": "restored", "step": 9}], 137, True, id="it was killed after a restore"),
+        pytest.param([FRESH, {**PEERS, "signal": "SIGUSR2"}], 137, False, id="while it was stopping"),
+    ],
+)
+def test_a_kill_for_want_of_memory_ends_no_run(batch, words, code, restarts):
+    first = batch.attempt(1, {"event": "begun"}, *words)
+    assert batch(f"{first}; exit 1", "exit 0") == 0
+    assert (batch.starts, len(batch.asked("requeue"))) == ((2, 0) if restarts else (1, 1))
+    assert f"srun left with 1, but by the journal it was {code}" in batch.err
+    if not restarts:
+        assert json.loads((batch.run / "attempts/.exit-12-0.json").read_text()) == {"-1": code}
+
+
+def test_ranks_that_leave_with_1_and_nobody_has_said_more_have_failed(batch):
+    """Before they have restored, no budget would end what fails each time."""
+    assert batch(f"{batch.attempt(1, {'event': 'begun'})}; exit 1") == 1
+    assert batch("exit 1") == 1
+    assert batch(f"{batch.attempt(2, FRESH)}; exit 137", "exit 1") == 1  # a word of an earlier attempt
+    assert batch.asked("requeue") == []
 
 
 def test_an_earlier_attempts_word_is_not_taken_for_this_ones(batch):
@@ -215,6 +254,12 @@ def test_a_job_without_an_end_has_time_left(batch):
 def test_not_after_a_signal_to_this_shell(batch):
     assert batch("kill -TERM $PPID; read -t 0.2 <> <(:); exit 137", "exit 0") == 0
     assert (batch.starts, len(batch.asked("requeue"))) == (1, 1)
+
+
+def test_a_signal_just_when_srun_ends_is_not_taken_for_a_failure(batch):
+    for _ in range(10):  # each fifth time bash loses the code
+        assert batch("kill -TERM $PPID; exit 75") == 0, batch.err
+        assert (batch.starts, len(batch.asked("requeue"))) == (1, 1)
 
 
 def test_not_on_nodes_that_do_not_answer(batch):
@@ -310,6 +355,7 @@ def test_after_three_looks_that_led_to_no_attempt_nobody_looks_any_more(batch, c
     for restart in range(3):
         assert checked("exit 0", SLURM_RESTART_COUNT=str(restart)) == 0
         assert batch.starts == 0
+        assert not (batch.run / "continuation/vain-12").exists()  # no fault of the ranks
     assert checked(f"{batch.attempt(1, CRASHED)}; exit 0", SLURM_RESTART_COUNT="3") == 0
     assert batch.starts == 1
     later_s = time.time() + 100
@@ -323,6 +369,7 @@ def test_nodes_are_looked_at_before_a_restart_in_place_too(batch, checked):
     batch.write("unfit", UNFIT)
     assert checked("cp unfit health; exit 137", "exit 0") == 0
     assert batch.starts == 1
+    assert not (batch.run / "continuation/vain-12").exists()
     assert batch.asked("update") == ["scontrol update JobId=12 ExcNodeList=n2"]
 
 
@@ -335,17 +382,15 @@ ALL = {
 }
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize(
     "overrides", [{}, ALL, {**ALL, "budget.restarts_in_place": 0}, {"slurm.check_nodes": True}]
 )
-def test_shellcheck_has_nothing_to_say(tmp_path, overrides):
+def test_shellcheck_has_nothing_to_say(tmp_path, shellcheck, overrides):
     script = tmp_path / "job.sbatch"
     script.write_text(
         render(Config.load(overrides=overrides), command=["python", "train.py"], run_dir=tmp_path)
     )
-    done = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
-    assert done.stdout == ""
+    assert shellcheck(script) == ""
     assert "\n\n\n" not in script.read_text()
 
 

@@ -54,7 +54,7 @@ def test_the_script_is_ours_and_runs_submitits_command(login_node):
     assert "export SUBMITIT_EXECUTOR=slurm" in lines
     assert f"export HPC_RESUME_CONFIG='{folder}/c.yaml'" in lines
     assert (
-        f"    srun --nodes=\"$SLURM_JOB_NUM_NODES\" --ntasks-per-node=3 --kill-on-bad-exit=1 '--output={escaped}/%j_%t_log.out' \\"
+        f"    SLURM_EXIT_ERROR=194 srun --nodes=\"$SLURM_JOB_NUM_NODES\" --ntasks-per-node=3 --kill-on-bad-exit=1 '--output={escaped}/%j_%t_log.out' \\"
         in lines
     )
     assert f"        {sys.executable} -u -m submitit.core._submit '{folder}' &" in lines

@@ -5,7 +5,7 @@ import pytest
 from hpc_resume.policy.retention import Candidate, plan_retention
 
 
-def full(step, *refers, valid=True, content="full"):
+def full(step, *refers, valid=True, content="full", jumped=False):
     return Candidate(
         name=f"c{step}",
         step=step,
@@ -13,6 +13,7 @@ def full(step, *refers, valid=True, content="full"):
         valid=valid,
         refers=tuple(f"c{older}" for older in refers),
         size_bytes=10,
+        jumped=jumped,
     )
 
 
@@ -93,3 +94,9 @@ def test_whatever_the_history_deletion_is_safe_at_each_moment():
         whole = [each for each in history if each.full and each.valid]
         assert not whole or whole[-1].name in there
         assert all(each.name in there for each in history if not each.valid)
+
+
+def test_the_newest_one_whose_norms_have_not_jumped_is_kept_too():
+    found = plan(full(10), full(20), full(30, jumped=True), keep=1)
+    assert found.keep == {"c30": "newest full one", "c20": "newest full one whose norms have not jumped"}
+    assert plan(full(10, jumped=True), full(20, jumped=True), keep=1).remove == ("c10",)

@@ -65,7 +65,7 @@ def test_what_was_found_out_afterwards_counts_more(story):
         "ended by a node that failed",
         "as told by: n1 is down",
         "found out by attempt 2",
-        "decided nothing: it had no time for a last word, and the next attempt went on from what was saved",
+        "decided nothing: it had no time for a last word; what was saved by then is what the next one goes on from",
     )
 
 
@@ -115,7 +115,10 @@ def test_a_run_of_slurm_that_waits(story, facts, words):
 
 def test_what_a_person_has_to_do(story):
     story.attempt(1, fresh(), last_word(3, "cancel", "stop", because="a cancel is for good"))
-    assert "submit it again: no checkpoint was committed, so it begins anew" in tell(story).outlook.lines[0]
+    assert (
+        "submit it again: no checkpoint is there to go on from, so it begins anew"
+        in tell(story).outlook.lines[0]
+    )
     story.attempt(2, fresh(), last_word(3, "crash", "stop", why="no progress in 3 attempts")).checkpoint(2)
     found = tell(story).outlook
     assert found.title == "gpt is stopped"
@@ -138,13 +141,13 @@ def test_while_it_runs_nothing_has_ended_it(story):
 
 def test_before_the_first_attempt(story):
     assert tell(story).attempts == ()
-    assert "it begins by itself, and no checkpoint was committed" in tell(story).outlook.lines[0]
+    assert "it begins by itself, and no checkpoint is there" in tell(story).outlook.lines[0]
 
 
 def test_text_and_html_and_json(story):
-    story.attempt(1, fresh(), last_word(3, "crash", "stop", evidence="<b>\x1b[2J\n"))
+    story.attempt(1, fresh(), last_word(3, "crash", "stop", evidence="<b>\x1b[2J\nnext\n"))
     found = tell(story)
-    assert "    as told by: <b>\\x1b[2J\\n" in repr(found).splitlines()
+    assert "    as told by: <b>\\x1b[2J | next" in repr(found).splitlines()
     assert "&lt;b&gt;" in found._repr_html_()
     record = json.loads(json.dumps(found.to_json()))
     assert record["state"] == "failed"
@@ -160,3 +163,21 @@ def test_what_is_made_up_is_told_as_far_as_it_makes_sense(story):
     )  # fmt: skip
     story.attempt(2, {"event": "diagnosed", "attempt": [], "cause": 1})
     assert tell(story).attempts[0].lines[-1] == "decided to go on"
+
+
+def test_what_an_attempt_found_is_told_in_numbers_that_can_be_read(story):
+    jump = {
+        "event": "norm_jumped",
+        "step": 80,
+        "module": "model",
+        "norm": 0.0034688181,
+        "before": 15.650607597,
+    }
+    story.attempt(1, fresh(), jump, last_word(90, "signal")).checkpoint(90)
+    lines = explain(story.run.root).attempts[0].lines
+    assert "at step 80 the norm of model was 0.003469, after 15.65 before; look at the loss" in lines
+    story.attempt(2, fresh(), {"event": "norm_jumped", "norm": "x"}, last_word(90, "signal"))
+    assert (
+        "at step ? the norm of ? was x, after ? before; look at the loss"
+        in explain(story.run.root).attempts[1].lines
+    )

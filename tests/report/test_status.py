@@ -7,6 +7,7 @@ import pytest
 from hpc_resume.errors import CheckpointNotFound
 from hpc_resume.report.status import status
 from hpc_resume.report.tables import attempt_sentence, duration_text, size_text, status_table
+from hpc_resume.rollbacks import Rollback
 from hpc_resume.rundir import RunDirectory
 from hpc_resume.scheduler.local import LocalState, process_ticks, state_path
 
@@ -130,6 +131,14 @@ def test_a_killed_attempt_lost_what_its_successor_did_again(story):
     assert story.status().steps_lost == 23
 
 
+def test_what_a_killed_attempt_lost_is_told_before_anything_has_gone_on(story):
+    story.attempt(1, fresh(), {"event": "progress", "step": 40}).checkpoint(30)
+    assert [a.steps_lost for a in story.status(T0 + 200).attempts] == [0], "it may live"
+    assert [a.steps_lost for a in story.status(T0 + 9e4).attempts] == [10]
+    story.attempt(2, {"event": "begun"})
+    assert [a.steps_lost for a in story.status(T0 + 9e4).attempts] == [10, 0]
+
+
 def test_an_attempt_that_died_before_it_restored_loses_nothing_and_hides_nothing(story):
     story.attempt(1, fresh(), {"event": "progress", "step": 40})
     story.attempt(2, {"event": "begun"})
@@ -140,7 +149,7 @@ def test_an_attempt_that_died_before_it_restored_loses_nothing_and_hides_nothing
 
 
 def test_an_attempt_that_left_before_it_restored_counted_from_nowhere(story):
-    story.attempt(1, fresh(), ended(300, "time_limit"))
+    story.attempt(1, fresh(), ended(300, "time_limit")).checkpoint(300)
     story.attempt(2, {"event": "begun"}, {"event": "stop_agreed", "step": 0}, ended(0, "time_limit"))
     found = story.status()
     assert found.attempts[-1].last_step is None
@@ -205,6 +214,13 @@ def test_before_the_first_attempt(story):
     assert story.job("FAILED", why="no such program").status().why == "no such program"
 
 
+def test_an_attempt_that_has_not_said_yet_who_it_is_has_not_ended(story):
+    story.attempt(1, fresh(), ended(3, "done", "done", 0)).job("RUNNING", restarts=0)
+    story.run.attempt(2).mkdir()
+    found = story.status()
+    assert (found.state, found.attempts[1].cause) == ("running", None)
+
+
 def test_under_slurm_a_continued_run_waits_and_a_silent_one_is_interrupted(story):
     story.attempt(1, fresh(), ended(3, "time_limit"), kind="slurm")
     assert story.status().state == "waiting"
@@ -224,6 +240,7 @@ def test_a_plain_process_is_looked_up(story):
     story.attempt(3, fresh(), ended(5, "signal"), rendezvous="plain-999999999", **here)
     found = story.status()
     assert (found.state, "start it again" in found.why) == ("interrupted", True)
+    assert status_table(story.checkpoint(5).status()).note.endswith("start it again; it goes on from step 5")
 
 
 def test_damage_does_not_hide_the_rest(story):
@@ -295,3 +312,22 @@ def test_durations(seconds, text):
 )
 def test_sizes(size, text):
     assert size_text(size) == text
+
+
+def test_what_a_person_sets_aside_is_not_lost(story):
+    """The attempt had done 53 steps and saved 50 when it was killed; then it was rolled back to 20."""
+    story.attempt(1, fresh(), {"event": "progress", "step": 53}).checkpoint(20).checkpoint(50)
+    done = Rollback(
+        number=1, to="0000000020-0123abcd", set_aside=("0000000050-0123abcd",), kept=(), after=1, why="it diverged",
+        who="ada", when=T0,
+    )  # fmt: skip
+    (story.run.root / "rollbacks").mkdir()
+    (story.run.root / "rollbacks/0001.json").write_bytes(done.to_bytes())
+    found = story.status()
+    assert (found.state, found.step, found.newest) == ("interrupted", 20, "0000000020-0123abcd")
+    assert found.why == "rolled back from step 50 to step 20 by ada: it diverged; start or submit it again"
+    assert found.branching == ("rolled back from step 50 to step 20 by ada: it diverged",)
+    story.attempt(2, restored(20), ended(60, "done", "done", 0)).checkpoint(60)
+    found = story.status()
+    assert (found.state, found.step, found.steps_lost) == ("done", 60, 3)
+    assert status_table(found).note == found.branching[0]

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hpc_resume as hr
 from hpc_resume.checkpoint.verify import verify_run
-from hpc_resume.run import session, stopping
+from hpc_resume.run import leaving, stopping
 from tests.ranks import Attempt
 from tests.run.test_interruptions import (
     committed_step,
@@ -103,7 +103,7 @@ def attempt_of(run_dir, ranks=2, job="job-1", **how):
 
 def call(how):
     for name, seconds in how.pop("patch", {}).items():
-        setattr(session if name == "_HEAD_START_S" else stopping, name, seconds)
+        setattr(leaving if name == "_HEAD_START_S" else stopping, name, seconds)
     train(**how)
 
 
@@ -239,7 +239,7 @@ def test_a_rank_that_does_not_breathe_is_not_waited_for(tmp_path):
 
 
 def prepare_on_rank_0():
-    stopping._LEAVE_S = session._HEAD_START_S = 1.0
+    stopping._LEAVE_S = leaving._HEAD_START_S = 1.0
     with hr.Run() as run:
         Phase(run, breathes=run.rank == 0)("preparing")
 

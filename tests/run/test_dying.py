@@ -2,13 +2,15 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
 import hpc_resume as hr
+from hpc_resume.checkpoint.staging import Staging
 from hpc_resume.journal import read_events
-from hpc_resume.run import peers
+from hpc_resume.run import peers, session
 from hpc_resume.rundir import RunDirectory
 from tests.ranks import Attempt
 from tests.run.training import train
@@ -26,11 +28,11 @@ def ended(run_dir, attempt=1):
 
 @pytest.fixture
 def narrow():
-    """A control group with too little memory; only root may make one."""
+    """A control group for want of memory; only root may make one."""
     folder = Path(f"/sys/fs/cgroup/memory/hpc-resume-dying-{os.getpid()}")
     try:
         folder.mkdir()
-        (folder / "memory.limit_in_bytes").write_text("512M")
+        (folder / "memory.limit_in_bytes").write_text("8G")
     except OSError:
         pytest.skip("control groups of version 1 can't be made here")
     yield folder
@@ -48,13 +50,16 @@ def first_time():
 
 def train_too_much(steps, narrow, rank=None):
     """Run out of the host's memory in the fifth step of the first attempt."""
+    group = Path(narrow)
     if rank in {None, int(os.environ["SUBMITIT_LOCAL_GLOBALID"])} and first_time():
-        (Path(narrow) / "cgroup.procs").write_text("0")
+        (group / "cgroup.procs").write_text("0")
         step = hr.Run.log
 
         def log(run, **values):
-            if run.step == 5:
-                bytearray(1 << 30)
+            if run.step == 5:  # little more than it has: to touch a lot takes a slow machine long
+                used_bytes = int((group / "memory.usage_in_bytes").read_text())
+                (group / "memory.limit_in_bytes").write_text(str(used_bytes + (32 << 20)))
+                bytearray(256 << 20)
             step(run, **values)
 
         hr.Run.log = log
@@ -80,6 +85,81 @@ def test_a_rank_that_is_killed_is_found_dead_by_the_one_beside_it(tmp_path):
     last = ended(run_dir)
     assert (last["cause"], last["decision"], last["nodes"]) == ("crash", "continue", [os.uname().nodename])
     assert f"rank 2 on {os.uname().nodename}: its process" in last["evidence"]
+
+
+def train_until_killed(steps):
+    """On rank 1: never finish writing the first checkpoint, and die at the end of the second step."""
+    if os.environ["SUBMITIT_LOCAL_GLOBALID"] == "1":
+        step = hr.Run.log
+
+        def log(run, **values):
+            step(run, **values)
+            if run.step == 1:  # completed, and the second one all but
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        hr.Run.log = log
+        Staging.write = lambda *_, **__: threading.Event().wait()
+    train(steps, every_steps=1)
+
+
+def test_a_rank_that_is_killed_while_it_writes_is_not_waited_for_at_the_next_save(tmp_path):
+    attempt = Attempt(tmp_path / "run", 2, train_until_killed, 10)
+    assert attempt.wait() == [75, -signal.SIGKILL], attempt.log.read_text()
+    evidence = ended(tmp_path / "run")["evidence"]
+    assert "its process" in evidence
+    assert "the shards of ranks 1 of step 1 have not come" in evidence
+
+
+def train_until_killed_at_the_start(steps):
+    if os.environ["SUBMITIT_LOCAL_GLOBALID"] == "1":
+        hr.Run.steps = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    train(steps)
+
+
+def test_a_rank_that_is_killed_before_the_first_step_is_not_waited_for(tmp_path):
+    attempt = Attempt(tmp_path / "run", 2, train_until_killed_at_the_start, 10)
+    assert attempt.wait() == [75, -signal.SIGKILL], attempt.log.read_text()
+    last = ended(tmp_path / "run")
+    assert (last["cause"], last["nodes"]) == ("crash", [os.uname().nodename])
+    assert "rank 1 on" in last["evidence"]
+
+
+def begin_on(rank, what):
+    """Fail, or be killed, on one rank where it first looks at its device."""
+    if int(os.environ["SUBMITIT_LOCAL_GLOBALID"]) == rank:
+
+        def fails(_):
+            if what == signal.SIGKILL:
+                os.kill(os.getpid(), what)
+            raise RuntimeError(what)
+
+        session.describe_device = fails
+    train(4)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_gpu_that_is_broken_at_the_beginning_is_told_to_all_and_the_run_goes_on(tmp_path, rank):
+    why = "CUDA error: uncorrectable ECC error encountered"
+    attempt = Attempt(tmp_path / "run", 2, begin_on, rank, why)
+    assert attempt.wait(30) == [75, 75], attempt.log.read_text()
+    last = ended(tmp_path / "run")
+    node = os.uname().nodename
+    assert (last["cause"], last["decision"], last["nodes"]) == ("crash", "continue", [node])
+    assert last["evidence"].startswith(f"rank {rank} on {node}: RuntimeError: {why}")
+
+
+def test_a_mistake_at_the_beginning_is_told_to_all_and_repeated_by_none(tmp_path):
+    attempt = Attempt(tmp_path / "run", 2, begin_on, 1, "something")
+    assert attempt.wait(30) == [1, 1], attempt.log.read_text()
+    last = ended(tmp_path / "run")
+    assert (last["cause"], last["decision"]) == ("crash", "stop")
+    assert "rank 1 on" in last["evidence"]
+
+
+def test_a_rank_that_is_killed_at_the_beginning_is_not_waited_for(tmp_path):
+    attempt = Attempt(tmp_path / "run", 2, begin_on, 1, signal.SIGKILL)
+    assert attempt.wait(30) == [75, -signal.SIGKILL], attempt.log.read_text()
+    assert "rank 1 on" in ended(tmp_path / "run")["evidence"]
 
 
 def train_slowly(steps):

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from hpc_resume.errors import (
     BudgetSpent,
+    CheckpointNotFound,
     FencedError,
     IntegrityError,
     MismatchError,
@@ -110,10 +111,17 @@ def test_a_full_or_absent_disk_is_no_mistake_of_the_script(ranks, number):
 
 
 def test_what_keeps_a_run_from_beginning_may_pass_or_not():
-    assert before_the_start(RendezvousError("rank 3 did not come")).cause is Cause.HANG
-    assert before_the_start(OSError(errno.ENOSPC, "full", "attempt.json")).cause is Cause.CRASH
-    assert before_the_start(PermissionError(errno.EACCES, "not yours")) is None
-    assert before_the_start(KeyboardInterrupt()) is None
+    assert before_the_start(RendezvousError("rank 3 did not come"), "n1").cause is Cause.HANG
+    assert before_the_start(dist.DistNetworkError("it timed out"), "n1").cause is Cause.HANG
+    full = before_the_start(OSError(errno.ENOSPC, "full", "attempt.json"), "n1")
+    assert (full.cause, full.nodes) == (Cause.CRASH, ())
+    broken = before_the_start(
+        RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "n1"
+    )
+    assert (broken.cause, broken.nodes) == (Cause.CRASH, ("n1",))
+    assert before_the_start(PermissionError(errno.EACCES, "not yours"), "n1") is None
+    assert before_the_start(KeyboardInterrupt(), "n1") is None
+    assert before_the_start(SystemExit("gloo"), "n1") is None
 
 
 def test_a_file_that_is_not_there_is_a_mistake_of_the_script(ranks):
@@ -129,8 +137,9 @@ def test_a_broken_gpu_is_no_mistake_of_the_script(ranks):
 @pytest.mark.parametrize(
     ("error", "cause", "code"),
     [
-        (MismatchError("other shapes"), Cause.CRASH, 2),
-        (IntegrityError("damaged"), Cause.CRASH, 4),
+        (MismatchError("other shapes"), Cause.REFUSED, 2),
+        (IntegrityError("damaged"), Cause.REFUSED, 4),
+        (CheckpointNotFound("none"), Cause.REFUSED, 3),
         (FencedError("attempt 7 has begun"), Cause.CRASH, 1),
         (BudgetSpent("enough"), Cause.NO_PROGRESS, 1),
         (SaveError(errno.ENOSPC, "no space"), Cause.CRASH, None),
@@ -169,6 +178,36 @@ def test_a_peer_that_nobody_knows_about(ranks):
 def test_a_collective_that_times_out_while_nobody_has_failed_is_a_hang(ranks):
     error = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv")
     assert ranks[0].of(error, begun=True).cause is Cause.HANG
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_script_that_exits_with_an_error_tells_the_other_ranks(ranks, begun):
+    neighbour(ranks[0], 1, alive=False)
+    ranks[1].exits("no data", begun=begun)
+    found = ranks[0].of(LOST, begun=begun)
+    assert (found.cause, found.mistake, found.nodes) == (Cause.CRASH, not begun, ())
+    assert found.evidence.startswith("rank 1 on n1: the script called sys.exit('no data'); rank 0: ")
+
+
+@pytest.mark.parametrize("code", [None, 0, 75])
+def test_a_script_that_exits_without_one_tells_nothing(ranks, tmp_path, code):
+    ranks[1].exits(code, begun=True)
+    assert ranks[0].find() is None
+    assert not (tmp_path / FAULT).exists()
+
+
+@pytest.mark.parametrize("cause", [OSError(errno.ESTALE, "stale"), OSError(errno.EMFILE, "too many")])
+def test_what_this_rank_can_not_read_is_no_refusal(ranks, cause):
+    error = IntegrityError("rank-00001-of-00002.h5: can't be read")
+    error.__cause__ = cause
+    found = ranks[1].of(error, begun=False)
+    assert (found.cause, found.mistake, found.nodes, found.exit_code) == (Cause.CRASH, False, ("n1",), None)
+
+
+def test_a_checkpoint_for_which_there_is_no_memory_is_no_refusal(ranks):
+    error = IntegrityError("manifest.json: damaged (MemoryError: )")
+    error.__cause__ = MemoryError()
+    assert ranks[1].of(error, begun=False).cause is Cause.OUT_OF_MEMORY
 
 
 def neighbour(faults, rank, *, alive):

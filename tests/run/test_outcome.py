@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -57,17 +58,30 @@ class Clock:
         self.passing()
 
 
+class RealClock:
+    def __call__(self):
+        return time.monotonic()
+
+    def pause(self, seconds):
+        time.sleep(seconds)
+
+
 class Ranks:
     """Some ranks at their last save."""
 
-    def __init__(self, root, world, *, store=None):
+    def __init__(self, root, world, *, store=None, clock=None, dead_after_s=30.0):
         self.world = world
         self.attempt = begin(world, RunDirectory(root / "run"), [])
         self.store = store or dist.HashStore()
-        self.clock = Clock()
+        self.clock = clock or Clock()
+        self.dead_after_s = dead_after_s
         self.parts = {}
+        self.knowing = set()  # ranks that know of a failed one
 
     def outcomes(self, rank):
+        def failed():
+            return rank in self.knowing
+
         words = {
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_JOB_ID": "1",
@@ -84,8 +98,9 @@ class Ranks:
             peers,
             self.attempt.stagings[rank],
             environment,
-            dead_after_s=30.0,
+            dead_after_s=self.dead_after_s,
             threads=1,
+            failed=failed,
             monotonic=self.clock,
             pause=self.clock.pause,
         )
@@ -185,13 +200,23 @@ def test_in_the_background_a_slow_rank_is_waited_for(tmp_path):
     ranks = Ranks(tmp_path, World(2))
     ranks.write(10, [0])
 
-    def half_an_hour_later():
-        if ranks.clock.now > 1000 + 1800 and 1 not in ranks.parts:
+    def eight_minutes_later():
+        if ranks.clock.now > 1000 + 480 and 1 not in ranks.parts:
             ranks.write(10, [1])
 
-    ranks.clock.passing = half_an_hour_later
+    ranks.clock.passing = eight_minutes_later
     assert ranks.wait(0)["name"] == ranks.manifest()[0]
-    assert 2800 < ranks.clock.now < 2900
+    assert 1480 < ranks.clock.now < 1580
+
+
+@pytest.mark.parametrize(("own_s", "patience"), [(2.0, 600), (100.0, 1120)])
+def test_in_the_background_a_rank_that_takes_ten_times_as_long_is_given_up(tmp_path, own_s, patience):
+    """It may be dead, on a node of its own; if it is not, training goes on without this one checkpoint."""
+    ranks = Ranks(tmp_path, World(2))
+    ranks.write(10, [0])
+    ranks.parts[0].own_s = own_s
+    assert f"the shards of ranks 1 did not come within {patience} s" in ranks.wait(0)["error"]
+    assert ranks.clock.now < 1000 + 1.3 * patience
 
 
 def test_who_says_first_what_has_become_of_it_decides_for_all(replicas):
@@ -220,6 +245,36 @@ def test_in_the_background_a_run_without_rank_0_is_not_waited_for(tmp_path):
         ranks.wait(1)
 
 
+def test_in_the_background_a_rank_that_is_known_to_have_failed_is_not_waited_for(tmp_path):
+    ranks = Ranks(tmp_path, World(2))
+    ranks.write(10, [0])
+    ranks.clock.passing = lambda: ranks.clock.now > 1015 and ranks.knowing.add(0)
+    with pytest.raises(RendezvousError, match="a rank has failed, and the shards of ranks 1 of step 10"):
+        ranks.wait(0)
+    assert 1015 < ranks.clock.now < 1025
+
+
+@pytest.mark.parametrize("store", [None, Gone()])
+def test_before_it_leaves_a_rank_does_not_wait_for_what_nobody_can_finish(tmp_path, store):
+    """Written in the background, so that the live state has moved on; the time belongs to the save that follows."""
+    ranks = Ranks(tmp_path, World(2, replicated=True), store=store)
+    ranks.write(10, [1])
+    ranks.parts[1].captured = ranks.parts[1].header = None
+    ranks.knowing.add(1)
+    outcome = ranks.wait(1, last=True, left_s=60.0)
+    why = "a rank has failed" if store is None else "rank 0 is gone"
+    assert outcome == {"error": f"{why}, and the shards of ranks 0 of step 10 have not come"}
+    assert ranks.clock.now < 1010
+
+
+def test_what_a_failed_rank_has_written_is_committed_nevertheless(tmp_path):
+    ranks = Ranks(tmp_path, World(2))
+    ranks.knowing.add(0)
+    ranks.write(10, [0])
+    ranks.write(10, [1], count_in=False)
+    assert ranks.wait(0)["name"] == ranks.manifest()[0]
+
+
 def test_a_fenced_rank_hears_of_it(replicas):
     replicas.write(10, [0, 1])
     begin(replicas.world, replicas.attempt.run, [])
@@ -227,12 +282,26 @@ def test_a_fenced_rank_hears_of_it(replicas):
         replicas.wait(0, last=True)
 
 
+def test_without_rank_0_a_commit_that_another_rank_has_begun_is_waited_for(tmp_path):
+    ranks = Ranks(tmp_path, World(3), store=Gone())
+    ranks.write(10, [0, 1, 2])
+    begun = ranks.attempt.stagings[1].commit
+
+    def commit(step, *, take_over):
+        assert ranks.clock.now < 1100
+        return begun(step) if take_over else None
+
+    ranks.attempt.stagings[2].commit = commit
+    assert ranks.wait(2)["name"] == ranks.manifest()[0]
+    assert ranks.clock.now > 1030
+
+
 def test_all_survivors_at_once(tmp_path):
     """Real threads and the real clock: whoever is first commits, and all say the same."""
-    ranks = Ranks(tmp_path, World(4, replicated=True))
+    ranks = Ranks(tmp_path, World(4, replicated=True), clock=RealClock(), dead_after_s=3.0)
     ranks.write(10, [0, 1, 2])
     for part in ranks.parts.values():
-        part.done_s -= 31  # all see at once that rank 3 is dead, and two of them that rank 0 has not helped
+        part.done_s -= 3.1  # all see at once that rank 3 is dead, and two of them that rank 0 has not helped
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda rank: ranks.wait(rank, last=True), range(3)))
     assert [answer["name"] for answer in answers] == [ranks.manifest()[0]] * 3

@@ -2,10 +2,14 @@
 
 import random
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from hpc_resume.report.rehearsal import causes
+from hpc_resume.run.foreign import ForeignLoader
+from hpc_resume.run.loader import ElasticLoader
 from hpc_resume.run.rehearsing import STEP, UNTRACKED, Rehearsing, untracked
 
 
@@ -59,3 +63,42 @@ def test_the_step_and_what_is_not_tracked_are_left_in_the_run_directory(tmp_path
     assert int((tmp_path / STEP).read_text()) == 8
     assert (tmp_path / UNTRACKED).read_text() == '["optimizer (SGD)"]'
     del optimizer
+
+
+class Noisy(torch.utils.data.Dataset):
+    def __init__(self):
+        self.noise = np.random.default_rng(0)
+        self.transforms = [Flip(), torch.nn.Linear(2, 2)]
+
+    def __len__(self):
+        return 9
+
+
+class Flip:
+    def __init__(self):
+        self.chance = random.Random(0)
+
+
+class Loader:
+    def __init__(self):
+        self.dataset = Noisy()
+
+
+def test_generators_that_a_dataset_keeps_for_itself_are_named():
+    ours = ElasticLoader(torch.utils.data.Subset(Noisy(), [1, 2]), 1, rank=0, world_size=1, seed=0)
+    theirs = ForeignLoader("stream", Loader(), rank=0, world_size=1, seed=0)
+    noisy = theirs.loader.dataset
+    names = look(data=ours, stream=theirs)
+    assert names == [
+        "data.dataset.dataset.noise (Generator)",
+        "data.dataset.dataset.transforms[0].chance (Random)",
+        "stream.dataset.noise (Generator)",
+        "stream.dataset.transforms[0].chance (Random)",
+    ]
+    assert noisy is not None
+    alike = SimpleNamespace(values=[], samples=(0, 0), differing=[])
+    kept, *_ = causes(alike, names)
+    assert "kept by a dataset for itself" in kept
+    assert "stream.dataset.noise (Generator)" in kept
+    (forgotten,) = causes(alike, ["dataset (Draws)"])
+    assert "give it to run.track" in forgotten

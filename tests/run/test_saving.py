@@ -34,9 +34,9 @@ def within_saves(do):
     """Have ``do(header)`` called in each save of a process, and what it returns at each write in it."""
     from hpc_resume.checkpoint.staging import Staging
     from hpc_resume.files import Filesystem
-    from hpc_resume.run import session
+    from hpc_resume.run import leaving
 
-    session._HEAD_START_S = 0.5  # the dead need no time to read the last word
+    leaving._HEAD_START_S = 0.5  # the dead need no time to read the last word
     write, pwrite = Staging.write, Filesystem.pwrite
     now = {}
 
@@ -295,16 +295,33 @@ def test_with_too_little_time_only_the_model_is_saved_and_not_resumed_from(tmp_p
     assert verify_run(run_dir) == []
 
 
-def slow_to_stop(steps):
-    within_saves(lambda header: (lambda *_: time.sleep(0.7)) if header.reason == "stop" else None)
+def slow_to_save(steps, reason):
+    def slow(header):
+        if header.reason != reason:
+            return None
+        Path(os.environ["HPC_RESUME_RUN_DIR"], "saving").touch()
+        return lambda *_: time.sleep(0.7)
+
+    within_saves(slow)
     train(steps, step_s=0.02, stop={"agreement_s": 5, "watchdog_s": 1})
 
 
 def test_the_watchdog_does_not_cut_a_last_save_short(tmp_path):
-    attempt = Attempt(tmp_path / "run", 1, slow_to_stop, 400)
+    attempt = Attempt(tmp_path / "run", 1, slow_to_save, 400, "stop")
     attempt.wait_for_step(3)
     attempt.signal(signal.SIGTERM)
     assert attempt.wait() == [75], attempt.log.read_text()
     (ended,) = events(tmp_path / "run", 1, "ended")
     assert "no step ended" not in ended["why"]
     assert store.find(RunDirectory(tmp_path / "run"))[1].step == ended["step"]
+
+
+def test_nor_one_after_the_last_step(tmp_path):
+    """There is no boundary any more at which it would stop: the run is done."""
+    attempt = Attempt(tmp_path / "run", 1, slow_to_save, 20, "done")
+    attempt.wait_until((tmp_path / "run" / "saving").exists)
+    attempt.signal(signal.SIGTERM)
+    assert attempt.wait() == [0], attempt.log.read_text()
+    (ended,) = events(tmp_path / "run", 1, "ended")
+    assert (ended["cause"], ended["step"]) == ("done", 20)
+    assert store.find(RunDirectory(tmp_path / "run"))[1].step == 20

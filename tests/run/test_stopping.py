@@ -22,14 +22,18 @@ class Told:
         self.facts = lambda: JobFacts(evidence="told", **facts)
 
 
-def stopped(rank=0, *, now_s=1000.0, ask=True, given_up=None, **facts):
-    words = {
-        "SUBMITIT_EXECUTOR": "local",
-        "SUBMITIT_LOCAL_JOB_ID": "1",
-        "SUBMITIT_LOCAL_NTASKS": "2",
-        "SUBMITIT_LOCAL_GLOBALID": str(rank),
-        "SUBMITIT_LOCAL_LOCALID": str(rank),
-    }
+def stopped(rank=0, *, now_s=1000.0, ask=True, given_up=None, words=None, **facts):
+    words = (
+        words
+        if words is not None
+        else {
+            "SUBMITIT_EXECUTOR": "local",
+            "SUBMITIT_LOCAL_JOB_ID": "1",
+            "SUBMITIT_LOCAL_NTASKS": "2",
+            "SUBMITIT_LOCAL_GLOBALID": str(rank),
+            "SUBMITIT_LOCAL_LOCALID": str(rank),
+        }
+    )
     each = Stopping(
         JobEnvironment.detect(words, hostname="n1", pid=1),
         Told(**facts),
@@ -121,6 +125,7 @@ def test_without_a_known_end_no_watchdog_is_needed(monkeypatch):
 def test_who_leaves_without_the_others_does_not_wait_for_a_signal_that_gives_up(monkeypatch):
     """The signal's thread waits out rank 0's head start; the main thread has its own way out."""
     monkeypatch.setattr(stopping, "_ABANDON_S", 0.01)
+    before = {number: signal.getsignal(number) for number in WATCHED}
     came, go_on = threading.Event(), threading.Event()
     each = stopped(rank=1, ask=False)
 
@@ -139,8 +144,21 @@ def test_who_leaves_without_the_others_does_not_wait_for_a_signal_that_gives_up(
     go_on.set()
     thread.join(60)
     assert not thread.is_alive()
-    for number in WATCHED:
-        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("last_word", [False, True])
+@pytest.mark.parametrize("prompt", [False, True], ids=["no job", "a notebook inside a job"])
+def test_whoever_goes_on_in_the_same_process_can_interrupt_it(monkeypatch, prompt, last_word):
+    if prompt:
+        monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
+    before = {number: signal.getsignal(number) for number in WATCHED}
+    each = stopped(ask=False, state="RUNNING", **({} if prompt else {"words": {}}))
+    each.watch()
+    assert signal.getsignal(signal.SIGINT) != before[signal.SIGINT]
+    each.close(last_word=last_word)
+    assert {number: signal.getsignal(number) for number in WATCHED} == before
 
 
 class FakePeers:
@@ -192,21 +210,50 @@ def test_how_long_a_step_boundary_is_waited_for(monkeypatch, facts, interval):
     assert [timer.finished.is_set() for timer in timers] == [True] * (len(timers) - 1) + [False]
 
 
-def test_other_ranks_wait_as_long_as_rank_0(monkeypatch):
+def test_other_ranks_wait_a_little_longer_than_rank_0(monkeypatch):
     peers, given_up = FakePeers(), []
     waiting(monkeypatch, peers=peers, state="RUNNING", end_time_s=3000.0, preempt_time_s=1000.0)
     _, timers = waiting(monkeypatch, 1, peers=peers, given_up=given_up)
     later(monkeypatch, 1500.0)
     fire(timers[-1])
-    assert (timers[-1].interval, given_up) == (998.0, [])
-    later(monkeypatch, 2498.0)
+    assert (timers[-1].interval, given_up) == (1003.0, [])
+    later(monkeypatch, 2503.0)
     fire(timers[-1])
     assert given_up == ["no step ended within 1000 s of the request to stop"]
+
+
+def test_no_rank_gives_up_just_before_rank_0_says_that_it_waits_longer(monkeypatch):
+    peers, given_up = FakePeers(), []
+    first, ours = waiting(monkeypatch, peers=peers, given_up=given_up, state="RUNNING")
+    first._agreement = SimpleNamespace(due=lambda _: False)
+    later(monkeypatch, 500.0)
+    own = ours[-1]
+    _, timers = waiting(monkeypatch, 1, peers=peers, given_up=given_up)
+    other = timers[-1]
+    later(monkeypatch, 1400.0)
+    first.breathe(None)
+    later(monkeypatch, 1500.0)
+    fire(other)  # in the same moment, and a little earlier
+    other = timers[-1]
+    fire(own)
+    own = timers[-1]
+    assert (other.interval, own.interval, given_up) == (5.0, 900.0, [])
+    later(monkeypatch, 1505.0)
+    fire(other)
+    assert (timers[-1].interval, given_up) == (900.0, [])  # again 5 s after rank 0
 
 
 def test_a_rank_that_hears_nothing_of_rank_0_waits_as_configured(monkeypatch):
     given_up = []
     _, timers = waiting(monkeypatch, 1, peers=FakePeers(), given_up=given_up)
+    later(monkeypatch, 1505.0)
+    fire(timers[-1])
+    assert given_up
+
+
+def test_a_rank_that_has_met_nobody_waits_for_nobody(monkeypatch):
+    given_up = []
+    _, timers = waiting(monkeypatch, 1, given_up=given_up)
     fire(timers[-1])
     assert given_up
 
@@ -288,3 +335,79 @@ def test_the_clock_asks_for_nothing_that_was_asked_for_before():
     each.pending = True
     each.due("the numbers")
     assert requests == [DEADLINE]
+
+
+def test_a_save_that_is_under_way_is_no_step_that_hangs(monkeypatch):
+    """As after the last step, where nothing is left to stop, or in a periodic one that waits for the one before."""
+    given_up = []
+    each, timers = waiting(monkeypatch, given_up=given_up, state="RUNNING")
+    with each.life.while_saving():
+        later(monkeypatch, 1500.0)
+        fire(timers[-1])
+        assert (timers[-1].interval, given_up) == (1000.0, [])
+        later(monkeypatch, 2100.0)
+    later(monkeypatch, 2500.0)
+    fire(timers[-1])  # what follows it gets its time, too
+    assert (timers[-1].interval, given_up) == (600.0, [])
+    later(monkeypatch, 3100.0)
+    fire(timers[-1])
+    assert given_up == ["no step ended within 1e+03 s of the request to stop"]
+
+
+@pytest.mark.parametrize(("saves_s", "limit_s"), [((), 3600.0), ((30.0, 50.0), 620.0)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_does_not_end_is_left(monkeypatch, rank, saves_s, limit_s):
+    given_up, peers = [], FakePeers()
+    each, timers = waiting(monkeypatch, rank, peers=peers, given_up=given_up, state="RUNNING")
+    if rank == 0:
+        each._deadline = FakeDeadline(ends_at_s=None, saves_s=saves_s)
+    limit_s = limit_s if rank == 0 else 3600.0  # the others follow rank 0, which knows
+    with each.life.while_saving():
+        now_s = 500.0
+        while not given_up:
+            now_s += timers[-1].interval
+            later(monkeypatch, now_s)
+            fire(timers[-1])
+    assert now_s - 500.0 == pytest.approx(max(limit_s, 1000.0))
+    assert given_up == ["the save that was under way did not end in time"]
+
+
+def test_a_save_that_began_before_the_warning_has_the_time_until_the_end(monkeypatch):
+    """A usual one takes 100 s. Five seconds into the last one the warning comes, 120 s before the end."""
+    requests, given_up, now = [], [], SimpleNamespace(s=1000.0)
+    timers = never_started(monkeypatch)
+    each = stopped(ask=False, given_up=given_up, state="RUNNING", end_time_s=1120.0)
+    each._clock = lambda: now.s
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now.s)
+    each.heed(FakeDeadline(ends_at_s=1120.0, saves_s=(100.0,) * 20))
+    each._agreement = SimpleNamespace(request=lambda kind, **_: requests.append(kind))
+    now.s = 995.0
+    with each.life.while_saving():
+        now.s = 1000.0
+        each._heard()
+        each._look_into({"signal": DEADLINE, "rank": 0})
+        while now.s + timers[-1].interval < 1118.0 - 1e-6:
+            now.s += timers[-1].interval
+            fire(timers[-1])
+            assert (requests, given_up) == ([], [])
+        assert now.s > 1100.0
+    fire(timers[-1])
+    assert requests == ["leave"]  # it is over, and no other one fits
+
+
+def test_a_save_that_began_too_late_gets_its_chance(monkeypatch):
+    given_up, now = [], SimpleNamespace(s=1000.0)
+    timers = never_started(monkeypatch)
+    each = stopped(ask=False, given_up=given_up, state="RUNNING", end_time_s=1005.0)
+    each._clock = lambda: now.s
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now.s)
+    each._agreement = SimpleNamespace(request=lambda *_, **__: None)
+    each.heed(FakeDeadline(ends_at_s=1005.0))
+    with each.life.while_saving():
+        each._heard()
+        each._look_into({"signal": DEADLINE, "rank": 0})
+        while not given_up:
+            now.s += timers[-1].interval
+            fire(timers[-1])
+    assert now.s == pytest.approx(1010.0)
+    assert given_up == ["the save that was under way did not end in time"]

@@ -76,7 +76,7 @@ def train(
 
 def train_slowly(seed, gates, steps):
     """Train, each step slowly until there is a file ``GATES/SEED``: then the run finishes."""
-    with hr.Run(checkpoint={"every_steps": 20, "every_s": None}, seed=seed) as run:
+    with hr.Run(checkpoint={"every_steps": 5, "every_s": None}, seed=seed) as run:
         net = torch.nn.Linear(16, 1)
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
         data = run.loader(Samples(), global_batch=GLOBAL_BATCH)
@@ -88,4 +88,4 @@ def train_slowly(seed, gates, steps):
             optimizer.zero_grad()
             run.log(loss=loss)
             if not Path(gates, str(seed)).exists():
-                time.sleep(0.2)
+                time.sleep(0.8)

@@ -47,6 +47,12 @@ def test_all_jobs_in_one_question():
     ]
 
 
+def test_jobs_of_colleagues_are_asked_for_too():
+    asked = []
+    slurm("", asked=asked).job_states({1007, 1002})
+    assert "--user=1002,1007" in asked[0]
+
+
 def test_no_answer_is_an_error():
     with pytest.raises(SchedulerError, match=r"squeue .*: slurm_load_jobs error"):
         slurm(code=1, err="slurm_load_jobs error: Unable to contact slurm controller").job_states()

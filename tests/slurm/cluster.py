@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -104,6 +105,10 @@ class PrivateCluster:
         # A short path without spaces: socket names are limited to 108 bytes, slurm.conf splits at spaces.
         self.base = base or Path(tempfile.mkdtemp(prefix="hpcr-slurm-", dir="/tmp"))
         self.work = self.base / "work"
+        #: Of jobs that a test has submitted, for whoever cleans up after it.
+        self.names: set[str] = set()
+        self._queue: tuple[float, list[dict[str, str]]] | None = None
+        self._queue_lock = threading.Lock()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
@@ -178,7 +183,7 @@ class PrivateCluster:
     def run(self, *words: str, check: bool = True, stdin: str | None = None) -> str:
         """Run a command of this cluster in its ``work`` folder; its stdout (and stderr, if it may fail)."""
         done = subprocess.run(
-            words, input=stdin or "", capture_output=True, text=True, timeout=60, check=False,
+            words, input=stdin or "", capture_output=True, text=True, timeout=180, check=False,
             cwd=self.work, env=self.environ,
         )  # fmt: skip
         if check and done.returncode != 0:
@@ -202,6 +207,26 @@ class PrivateCluster:
         """``JobState``, or ``"GONE"``."""
         return self.job(job_id).get("JobState", "GONE")
 
+    def queue(self) -> list[dict[str, str]]:
+        """All jobs and elements in the queue: ``id``, ``name``, ``state``, ``reason``.
+
+        Threads that wait for runs of their own share one ``squeue``, which begins after all of them have asked.
+        """
+        asked = time.monotonic()
+        with self._queue_lock:
+            if self._queue is None or self._queue[0] < asked:
+                time.sleep(0.2)  # others join
+                began = time.monotonic()
+                lines = self.run("squeue", "-h", "-r", "-o", "%i %j %T %r").splitlines()
+                self._queue = (
+                    began,
+                    [
+                        dict(zip(("id", "name", "state", "reason"), line.split(" ", 3), strict=True))
+                        for line in lines
+                    ],
+                )
+            return self._queue[1]
+
     def output(self, job_id: str) -> str:
         """What the job wrote, if its script does not say where to (array element: ``"9_1"``)."""
         try:
@@ -222,11 +247,16 @@ class PrivateCluster:
             If it is not so in time; with the queue as it is.
         """
         deadline = time.monotonic() + timeout_s
-        while not predicate():
-            if time.monotonic() > deadline:
+        while True:
+            asked = time.monotonic()
+            if predicate():
+                return
+            now = time.monotonic()
+            if now > deadline:
                 queue = self.run("squeue", "-o", "%i %T %r %M %R", check=False)
                 raise AssertionError(f"not within {timeout_s:g} s: {why}; squeue: {queue.strip()!r}")
-            time.sleep(0.1)
+            # What looks into a file costs little; Slurm's commands would take the machine from the jobs.
+            time.sleep(min(max(0.05, 4 * (now - asked)), 0.5))
 
     def wait_state(self, job_id: str, *states: str, timeout_s: float = 30) -> str:
         """Wait until a job is in one of these states; gives which."""

@@ -15,7 +15,6 @@ _HERE = Path(__file__).parent
 _GROUPS = {
     "test_continuation.py": "slurm-2",
     "test_deadline.py": "slurm-2",
-    "test_arrays.py": "slurm-3",
     "test_causes.py": "slurm-3",
     "test_inside.py": "slurm-3",
 }
@@ -26,6 +25,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if _HERE in item.path.parents:
             item.add_marker(pytest.mark.slurm)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(600))
             item.add_marker(pytest.mark.xdist_group(_GROUPS.get(item.path.name, "slurm-1")))
     # Slurm takes its time: whatever else there is to test is done meanwhile.
     items.sort(key=lambda item: _HERE not in item.path.parents)
@@ -52,4 +53,8 @@ def cluster(cluster_of_session, monkeypatch):
         monkeypatch.delenv(name)
     for name, value in cluster_of_session.env.items():
         monkeypatch.setenv(name, value)
-    return cluster_of_session
+    before = set(cluster_of_session.names)
+    yield cluster_of_session
+    # A run whose test has failed would come back and back, and take the machine from those that follow.
+    for name in cluster_of_session.names - before:
+        cluster_of_session.run("scancel", f"--name={name}", check=False)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from hpc_resume.checkpoint.verify import verify_run
 from hpc_resume.config import Config
 from hpc_resume.journal import read_events
 from hpc_resume.launch.script import render
@@ -14,8 +15,9 @@ SCRIPT = """
 import os, sys
 sys.path.insert(0, {root!r})
 from tests.run.training import train
-train({steps}, step_s={step_s}, every_steps=10, {more})
+train({steps}, step_s={step_s}, every_steps={every_steps}, {more})
 """
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 
 class Scenario:
@@ -24,24 +26,31 @@ class Scenario:
     ``train`` is more arguments of :func:`tests.run.training.train`, as text.
     """
 
-    def __init__(self, cluster, name, *, steps=60, step_s=0.1, limit_s=600, lead_s=30, train="", **node_type):
+    def __init__(
+        self, cluster, name, *, steps=60, step_s=0.1, every_steps=10, limit_s=600, lead_s=30, train="",
+        settings=None, **node_type,
+    ):  # fmt: skip
         self.cluster = cluster
         self.root = cluster.work / name
         self.train = cluster.work / f"{name}.py"
-        self.train.write_text(SCRIPT.format(root=str(ROOT), steps=steps, step_s=step_s, more=train))
-        self.config = Config(
-            name=name,
-            run_dir=str(self.root),
-            scheduler="slurm",
-            time_limit_s=limit_s,
-            warning_lead_s=lead_s,
-            node_types=[{"name": name, "cpus_per_task": 1, "mem_gb": 1, **node_type}],
-            environment={"variables": {"OMP_NUM_THREADS": "1"}},
+        self.train.write_text(
+            SCRIPT.format(root=str(ROOT), steps=steps, step_s=step_s, every_steps=every_steps, more=train)
         )
+        base = {
+            "name": name,
+            "run_dir": str(self.root),
+            "scheduler": "slurm",
+            "time_limit_s": limit_s,
+            "warning_lead_s": lead_s,
+            "node_types": [{"name": name, "cpus_per_task": 1, "mem_gb": 1, **node_type}],
+            "environment.variables.OMP_NUM_THREADS": "1",
+        }
+        self.config = Config.load(overrides={**base, **(settings or {})})
         self.script = cluster.work / f"{name}.sbatch"
         command = [sys.executable, str(self.train)]
         self.script.write_text(render(self.config, command=command, run_dir=self.root))
         self.job = cluster.sbatch(self.script)
+        cluster.names.add(name)
 
     def log(self):
         path = self.cluster.work / f"{self.config.name}-{self.job}.log"
@@ -61,12 +70,23 @@ class Scenario:
                 for event in read_events(run.attempt(attempt) / "events.jsonl")
             )
 
-        self.wait_for(committed, 60, f"attempt {attempt} has saved step {step}")
+        self.wait_for(committed, 200, f"attempt {attempt} has saved step {step}")
 
-    def wait_until_over(self, timeout_s=90):
-        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-        self.wait_for(lambda: self.cluster.state(self.job) in over, timeout_s, "the job is over")
+    def wait_until_over(self, timeout_s=300):
+        self.wait_for(lambda: self.cluster.state(self.job) in OVER, timeout_s, "the job is over")
         return self.cluster.state(self.job)
+
+    def was_started_again_in_place(self, began):
+        """``began``: the job's StartTime of before; one that was pending in between would have started anew."""
+        job = self.cluster.job(self.job)
+        assert (job["Restarts"], job["StartTime"]) == ("0", began), self.log()
+        assert "started again in place" in self.log()
+        first, second = self.status()["attempts"]
+        assert (first["job_id"], first["restart_count"]) == (second["job_id"], second["restart_count"])
+        assert second["cause"] == "done"
+        assert second["first_step"] >= 10
+        assert first["steps_lost"] <= 10
+        assert verify_run(self.root) == []
 
     def pid_of_rank(self, rank):
         wanted = {f"SLURM_JOB_ID={self.job}".encode(), f"SLURM_PROCID={rank}".encode()}

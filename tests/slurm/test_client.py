@@ -53,13 +53,13 @@ class Job:
         records = map(json.loads, lines)
         return [r for r in records if event in {None, r["event"]} and restart in {None, r["restart_count"]}]
 
-    def wait_records(self, count, event, restart=None, timeout_s=60):
+    def wait_records(self, count, event, restart=None, timeout_s=180):
         self.cluster.wait_for(
             lambda: len(self.records(event, restart)) >= count, timeout_s, f"{count} {event} of {self.id}"
         )
         return self.records(event, restart)
 
-    def wait_end(self, timeout_s=60):
+    def wait_end(self, timeout_s=180):
         return self.cluster.wait_state(self.id, *END, timeout_s=timeout_s)
 
     def scheduler(self, job_id=None):
@@ -138,7 +138,7 @@ def scenario_array(cluster):
     cluster.run("scancel", "--signal=USR2", trapped)
     cluster.wait_for(lambda: cluster.job(trapped)["Restarts"] == "1", 30, "the element is requeued")
     facts = job.scheduler(trapped).facts(), job.scheduler(other).facts()
-    cluster.wait_state(trapped, *END, timeout_s=60)
+    cluster.wait_state(trapped, *END, timeout_s=180)
     cluster.cancel(other)
     return started, trapped, facts
 

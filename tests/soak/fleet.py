@@ -111,7 +111,8 @@ class Fleet:
 
     def members(self) -> Iterator[Member]:
         """Go through the runs that have been submitted."""
-        for identity in sorted(self.folder.glob("**/run.json")):
+        # No deeper: runs that are under way come and go with folders of their own.
+        for identity in sorted((*self.folder.glob("*/run.json"), *self.folder.glob("array/*/run.json"))):
             run_dir = identity.parent
             group = run_dir.relative_to(self.folder).parts[0]
             yield Member(run_dir=run_dir, group=group, fleet=self)

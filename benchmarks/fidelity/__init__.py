@@ -1,0 +1,1 @@
+"""Whether what resumes is what was interrupted: see ``__main__``."""

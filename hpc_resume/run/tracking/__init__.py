@@ -1,0 +1,1 @@
+"""Experiment trackers that know nothing of interruptions: one run in them, and no step twice."""
