@@ -73,7 +73,7 @@ class Batch:
         text = render(config, command=["python", "train.py"], run_dir=self.run)
         done = subprocess.run(
             [*bash, "-c", text], cwd=self.folder, capture_output=True, text=True, timeout=60, check=False,
-            env={"PATH": f"{self.folder}/bin:{os.environ['PATH']}", **ENVIRON, **(environ or {})},
+            start_new_session=True, env={"PATH": f"{self.folder}/bin:{os.environ['PATH']}", **ENVIRON, **(environ or {})},
         )  # fmt: skip
         self.err = done.stderr
         self.calls = (self.folder / "calls").read_text().splitlines()
@@ -260,6 +260,18 @@ def test_a_signal_just_when_srun_ends_is_not_taken_for_a_failure(batch):
     for _ in range(10):  # each fifth time bash loses the code
         assert batch("kill -TERM $PPID; exit 75") == 0, batch.err
         assert (batch.starts, len(batch.asked("requeue"))) == (1, 1)
+
+
+def test_the_signals_of_its_own_requeue_kill_nothing_that_this_shell_still_has_to_say(batch):
+    """They come to all of the job's processes, in the moment in which the requeued job is adjusted."""
+    storm = "trap '' TERM; for _ in {1..400}; do kill -TERM 0; read -t 0.002 <> <(:); done"
+    path = batch.folder / "bin/scontrol"
+    begun = f"({storm}) >/dev/null 2>&1 & read -t 0.1 <> <(:)"
+    path.write_text(f"{path.read_text()}[ $1 != requeue ] || {{ {begun} || :; }}\n")
+    more = {"exclude": ["n1"], "move_on": False}
+    decided = "cd {0}/continuation; echo n1 > exclude-12; echo 60 > delay-12".format(batch.run)
+    assert batch(f"{batch.attempt(1, {**CRASHED, **more})}; ({decided}); exit 75") == 0, batch.err
+    assert batch.asked("update") == ["scontrol update JobId=12 StartTime=now+60 ExcNodeList=n1"]
 
 
 def test_not_on_nodes_that_do_not_answer(batch):
