@@ -269,7 +269,7 @@ def test_the_signals_of_its_own_requeue_kill_nothing_that_this_shell_still_has_t
     begun = f"({storm}) >/dev/null 2>&1 & read -t 0.1 <> <(:)"
     path.write_text(f"{path.read_text()}[ $1 != requeue ] || {{ {begun} || :; }}\n")
     more = {"exclude": ["n1"], "move_on": False}
-    decided = "cd {0}/continuation; echo n1 > exclude-12; echo 60 > delay-12".format(batch.run)
+    decided = f"cd {batch.run}/continuation; echo n1 > exclude-12; echo 60 > delay-12"
     assert batch(f"{batch.attempt(1, {**CRASHED, **more})}; ({decided}); exit 75") == 0, batch.err
     assert batch.asked("update") == ["scontrol update JobId=12 StartTime=now+60 ExcNodeList=n1"]
 
