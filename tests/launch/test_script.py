@@ -548,7 +548,9 @@ def test_a_requeue_that_slurm_has_heard_although_it_did_not_answer_is_not_repeat
 
 def test_nobody_is_waited_for_in_a_job_that_is_being_ended(batch):
     (batch.folder / "facts").write_text(AWAY)
-    code, _, calls = batch(["bash", "-c", "read -r _ _ _ shell _ < /proc/$PPID/stat; kill $shell; exit 75"])
+    code, _, calls = batch(
+        ["bash", "-c", "read -r _ _ _ shell _ < /proc/$PPID/stat; kill $shell; read -t 0.3 <> <(:); exit 75"]
+    )
     assert code == 75
     assert calls.count("sleep 15") == 0
     (batch.folder / "bin/sleep").write_text(
