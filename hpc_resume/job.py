@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -346,9 +347,16 @@ class Sweep:
             time.sleep(poll_s)
 
     def cancel(self) -> None:
-        """End the jobs of all runs for good, those that wait too; ranks may save first."""
+        """End the jobs of all runs for good, those that wait too; ranks may save first.
+
+        Raises
+        ------
+        SchedulerError
+            If some can't be ended, after all others were; with the reasons.
+        """
         jobs = self._jobs()
         arrays: dict[str, list[str]] = defaultdict(list)
+        ends: list[Callable[[], None]] = []
         for name, state in _states(jobs).items():
             if state in OVER:
                 continue
@@ -356,9 +364,16 @@ class Sweep:
             if jobs[name].scheduler == "slurm" and element.isdecimal():
                 arrays[array].append(element)
             else:
-                jobs[name].cancel()
-        for array, elements in arrays.items():
-            cancel_elements(array, elements)
+                ends.append(jobs[name].cancel)
+        ends += [partial(cancel_elements, array, elements) for array, elements in arrays.items()]
+        refused = []
+        for end in ends:
+            try:
+                end()
+            except SchedulerError as error:
+                refused.append(str(error))
+        if refused:
+            raise SchedulerError("; ".join(refused))
 
     def table(self) -> Table:
         """Show the runs, one a row."""

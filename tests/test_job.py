@@ -7,10 +7,10 @@ import pytest
 from submitit.core.utils import UncompletedJobError
 
 from hpc_resume.config import Config
-from hpc_resume.errors import CheckpointNotFound, UsageError
+from hpc_resume.errors import CheckpointNotFound, SchedulerError, UsageError
 from hpc_resume.job import Job, Sweep, submit
 from hpc_resume.launch.grid import grid
-from hpc_resume.launch.handle import find_jobs
+from hpc_resume.launch.handle import JobHandle, find_jobs
 from hpc_resume.scheduler.local import LocalState
 
 REPOSITORY = Path(__file__).parents[1]
@@ -123,7 +123,19 @@ def test_a_grid_that_grew_keeps_what_is_done_and_takes_the_rest(here):
     assert [len(each) for each in jobs] == [1, 2, 1, 1, 1, 1]
 
 
-def test_runs_that_are_alive_are_not_submitted_twice_and_cancelled_for_good(here):
+def refusing(patch, job_id):
+    """Let one job not be cancelled, as one that another machine has submitted."""
+    cancel = JobHandle.cancel
+
+    def refuse(job):
+        if job.job_id == job_id:
+            raise SchedulerError(f"job {job_id}: scancel was refused: try later")
+        cancel(job)
+
+    patch.setattr(JobHandle, "cancel", refuse)
+
+
+def test_runs_that_are_alive_are_not_submitted_twice_and_cancelled_for_good(here, monkeypatch):
     sweep = submit(train, grid(lr=[1, 2, 3]), config={"name": "gpt"}, until=str(here / "go"))
     with pytest.raises(TimeoutError, match="3 of 3 runs are not over after 0 s; they go on"):
         sweep.wait(0)
@@ -133,6 +145,11 @@ def test_runs_that_are_alive_are_not_submitted_twice_and_cancelled_for_good(here
     sweep["lr=3"].cancel()  # one that waits
     assert sweep["lr=3"].wait(60) == "CANCELLED"
     assert sweep["lr=1"].state in {"PENDING", "RUNNING"}
+    with monkeypatch.context() as patch:
+        refusing(patch, sweep["lr=1"].id)
+        with pytest.raises(SchedulerError, match=r"^job \w+: scancel was refused: try later$"):
+            Sweep(sweep.folder).cancel()
+    assert [more[name].wait(60) for name in ("lr=3", "lr=4")] == ["CANCELLED", "CANCELLED"]
     Sweep(sweep.folder).cancel()
     assert Sweep(sweep.folder).wait(60) == dict.fromkeys(["lr=1", "lr=2", "lr=3", "lr=4"], "CANCELLED")
     (here / "go").touch()

@@ -23,6 +23,7 @@ from hpc_resume.errors import IntegrityError, SchedulerError
 from hpc_resume.launch.attempt import Allocation, Times
 from hpc_resume.launch.controller import Plan, initial_state
 from hpc_resume.launch.software import software_lines
+from hpc_resume.scheduler.ancestors import torchrun_variables
 from hpc_resume.scheduler.local import LocalState, cancel_path, state_path
 
 #: Starting an interpreter on a cold file system takes seconds.
@@ -178,7 +179,11 @@ class OneMachineExecutor(LocalExecutor):
                 warning_signal=config.warning_signal,
                 kill_wait_s=config.stop.kill_wait_s,
             ),
-            variables={**config.environment.variables, **self._variables},
+            variables={
+                **torchrun_variables(config.warning_lead_s),
+                **config.environment.variables,
+                **self._variables,
+            },
             max_idle=config.budget.max_idle,
             restarts_in_place=config.budget.restarts_in_place,
         )

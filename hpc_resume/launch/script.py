@@ -16,6 +16,7 @@ from hpc_resume._version import __version__
 from hpc_resume.config import Config
 from hpc_resume.errors import UsageError
 from hpc_resume.launch.software import container_words, software_lines
+from hpc_resume.scheduler.ancestors import torchrun_variables
 from hpc_resume.scheduler.notes import NOTES
 from hpc_resume.settings import NodeType
 from hpc_resume.values import spell
@@ -182,6 +183,7 @@ def render(
         check=" ".join(check) if slurm.check_nodes else None,
         check_options=" ".join(["--ntasks-per-node=1", "--kill-on-bad-exit=0", *options]),
         check_s=_CHECK_S,
+        torchrun=torchrun_variables(config.warning_lead_s),
         restarts=config.budget.restarts_in_place,
         max_idle=config.budget.max_idle,
         least_s=math.ceil(config.warning_lead_s) + _WORTH_IT_S,

@@ -19,6 +19,7 @@ from hpc_resume.run.configlog import ConfigLog, given_arguments, known_rollbacks
 from hpc_resume.run.history import diagnoses, earlier_attempts, history
 from hpc_resume.run.memory import OomKills
 from hpc_resume.rundir import RunDirectory, checkpoint_step, sealed
+from hpc_resume.scheduler.ancestors import deadly_signals
 from hpc_resume.scheduler.base import Scheduler
 from hpc_resume.scheduler.environment import JobEnvironment
 
@@ -93,6 +94,9 @@ def begin_attempt(
     environment_record, source = describe_environment(), describe_source(run, os.environ)
     if told := remark(source):
         log.say(f"warning: {told}")
+    if environment.kind == "slurm":
+        for each in deadly_signals(os.getppid(), config.warning_signal, warning_lead_s=config.warning_lead_s):
+            log.say(f"warning: {each}")
     number = claim_attempt(run)
     config.store(run)
     # The scheduler first: what the launcher says may be what was asked for before a requeue elsewhere.

@@ -261,9 +261,10 @@ print(executor.submit(wait).job_id)
 
 
 def test_setup_lines_come_before_the_ranks_and_fail_the_job(executor):
-    good = executor(environment={"setup": ["export MARK=from-setup"]}).submit(rank_and_mark)
+    setup = ["export MARK=from-setup-$PET_SHUTDOWN_TIMEOUT"]  # which torchrun is told
+    good = executor(warning_lead_s=40, environment={"setup": setup}).submit(rank_and_mark)
     assert finish(good).state == "COMPLETED"
-    assert good.result()[1] == "from-setup"
+    assert good.result()[1] == "from-setup-100"
     bad = executor(environment={"setup": ["echo reading modules", "false"]}).submit(rank_and_mark)
     assert finish(bad).state == "FAILED"
     assert "reading modules" in text(bad.paths.stdout)

@@ -211,6 +211,12 @@ def test_a_kill_for_want_of_memory_ends_no_run(batch, words, code, restarts):
         assert json.loads((batch.run / "attempts/.exit-12-0.json").read_text()) == {"-1": code}
 
 
+def test_a_torchrun_that_was_warned_in_the_last_step_leaves_with_1_and_the_run_is_done(batch):
+    done = {**CRASHED, "cause": "done", "decision": "done"}
+    assert batch(f"{batch.attempt(1, FRESH, done)}; exit 1") == 0
+    assert (batch.starts, batch.asked("requeue")) == (1, [])
+
+
 def test_ranks_that_leave_with_1_and_nobody_has_said_more_have_failed(batch):
     """Before they have restored, no budget would end what fails each time."""
     assert batch(f"{batch.attempt(1, {'event': 'begun'})}; exit 1") == 1

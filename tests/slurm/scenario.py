@@ -23,12 +23,12 @@ OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 class Scenario:
     """One run on the cluster, from the sbatch file that ``hpc-resume script`` renders.
 
-    ``train`` is more arguments of :func:`tests.run.training.train`, as text.
+    ``train`` is more arguments of :func:`tests.run.training.train`, as text; ``launcher`` is what stands before the file.
     """
 
     def __init__(
         self, cluster, name, *, steps=60, step_s=0.1, every_steps=10, limit_s=600, lead_s=30, train="",
-        settings=None, **node_type,
+        settings=None, launcher=(sys.executable,), **node_type,
     ):  # fmt: skip
         self.cluster = cluster
         self.root = cluster.work / name
@@ -47,7 +47,7 @@ class Scenario:
         }
         self.config = Config.load(overrides={**base, **(settings or {})})
         self.script = cluster.work / f"{name}.sbatch"
-        command = [sys.executable, str(self.train)]
+        command = [*launcher, str(self.train)]
         self.script.write_text(render(self.config, command=command, run_dir=self.root))
         self.job = cluster.sbatch(self.script)
         cluster.names.add(name)
