@@ -45,7 +45,7 @@ train(steps=5)
 """
     )
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "HPC_RESUME_RUN_DIR": str(tmp_path / "run")}
-    subprocess.run([sys.executable, script], check=True, cwd=tmp_path, env=environ, timeout=100)
+    subprocess.run([sys.executable, script], check=True, cwd=tmp_path, env=environ, timeout=300)
     (name,) = RunDirectory(tmp_path / "run").checkpoint_names()
     assert name.startswith("0000000005-")
     assert torch is not None

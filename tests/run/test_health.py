@@ -86,7 +86,7 @@ def test_the_verb_says_it_line_by_line_and_by_its_exit_code(tmp_path, monkeypatc
 def test_the_run_directory_comes_from_the_job(tmp_path):
     environ = {**os.environ, "HPC_RESUME_RUN_DIR": "/proc/1/run", "SLURMD_NODENAME": "n1"}
     words = [sys.executable, "-m", "hpc_resume.cli", "doctor", "--node"]
-    done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1
     assert "unfit: writing: /proc/1" in done.stdout
 

@@ -404,6 +404,6 @@ def test_the_same_script_under_other_launchers(tmp_path, launcher):
             "--nproc-per-node=2",
             str(script),
         ]
-    subprocess.run(words, check=True, timeout=100, capture_output=True)
+    subprocess.run(words, check=True, timeout=300, capture_output=True)
     _, manifest = store.find(RunDirectory(tmp_path / "run"))
     assert (manifest.step, manifest.world_size) == (12, 2 if launcher == "torchrun" else 1)

@@ -25,7 +25,7 @@ def run_page(page, folder):
     script = folder / "train.py"
     script.write_text(block(page, "python"))
     words = [sys.executable, str(script)]
-    subprocess.run(words, check=True, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": ""}, timeout=100)
+    subprocess.run(words, check=True, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": ""}, timeout=300)
     return RunDirectory(folder / "runs" / "train")
 
 

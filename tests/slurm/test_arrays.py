@@ -152,7 +152,7 @@ def test_each_element_is_interrupted_cancelled_and_continued_by_itself(python):
     assert left_in_queue(cluster) == []
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_the_batch_script_of_an_element_continues_it(python):
     cluster = python
     gates = cluster.work / "gates-of-two"
@@ -179,7 +179,7 @@ def test_the_batch_script_of_an_element_continues_it(python):
     assert left_in_queue(cluster) == []
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_several_arrays_keep_to_one_limit(python, monkeypatch):
     cluster = python
     monkeypatch.setattr(SlurmArrays, "largest_array", lambda self: 2)
@@ -200,7 +200,7 @@ def test_several_arrays_keep_to_one_limit(python, monkeypatch):
     assert left_in_queue(cluster) == []
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_cancel_ends_what_runs_and_what_waits(python):
     cluster = python
     sweep = hr.submit(

@@ -111,7 +111,7 @@ class Run:
         command = [sys.executable, "-c", "from hpc_resume.cli import main; main()", *words]
         done = subprocess.run(
             command, env=self.cluster.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-            timeout=100, check=False,
+            timeout=300, check=False,
         )  # fmt: skip
         return done.stdout.strip() + done.stderr.strip()
 

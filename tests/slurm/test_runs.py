@@ -107,12 +107,12 @@ def test_no_accounting_service_is_needed(cluster):
     assert "accounting storage is disabled" in cluster.run("sacct", check=False)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_two_nodes_and_four_ranks_through_the_time_limit_and_back(cluster, long_run):
     def over():
         return status(Path(long_run.run_dir)).to_json()["state"] in {"done", "failed", "cancelled"}
 
-    cluster.wait_for(over, 600, "the long run is done")
+    cluster.wait_for(over, 900, "the long run is done")
     found = status(Path(long_run.run_dir)).to_json()
     assert found["state"] == "done", f"{found}\n{long_run.log()}"
     attempts = found["attempts"]
@@ -128,11 +128,11 @@ def test_two_nodes_and_four_ranks_through_the_time_limit_and_back(cluster, long_
     assert verify_run(run.root) == []
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_a_job_without_a_warning_saves_by_its_own_clock_and_loses_nothing(cluster, own_clock):
     run, log = RunDirectory(own_clock.root), own_clock.log
     assert "--signal" not in own_clock.script.read_text()
-    assert own_clock.wait_until_over(600) == "COMPLETED", log()
+    assert own_clock.wait_until_over(900) == "COMPLETED", log()
     found = own_clock.status()
     assert found["state"] == "done", log()
     *interrupted, last = found["attempts"]
