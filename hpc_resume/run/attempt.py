@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -69,6 +70,11 @@ class AttemptFacts:
         return f"attempt {self.number} on {ranks_text(world_size)}{nodes}"
 
 
+def _by_hand() -> bool:
+    """Whether a person sits at it, in a notebook or a shell: nothing warns such a job."""
+    return hasattr(sys, "ps1") or (sys.stdin is not None and sys.stdin.isatty())
+
+
 def ranks_text(count: int) -> str:
     """Give a number of ranks in words."""
     return "1 rank" if count == 1 else f"{count} ranks"
@@ -94,7 +100,7 @@ def begin_attempt(
     environment_record, source = describe_environment(), describe_source(run, os.environ)
     if told := remark(source):
         log.say(f"warning: {told}")
-    if environment.kind == "slurm":
+    if environment.kind == "slurm" and not _by_hand():
         for each in deadly_signals(os.getppid(), config.warning_signal, warning_lead_s=config.warning_lead_s):
             log.say(f"warning: {each}")
     number = claim_attempt(run)

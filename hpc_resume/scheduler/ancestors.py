@@ -8,6 +8,7 @@ its processes; when the one that ``srun`` has started is gone, the step is over,
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +75,7 @@ def deadly_signals(
 
 def _told(command: str, pid: int, deadly: list[str], warning_lead_s: float) -> str:
     how = "start the ranks by `exec`, or put `trap : USR1 USR2 TERM` above the line that does"
-    if "torch" in command or "accelerate" in command:
+    if re.search(r"\b(torchrun|torch\.distributed|accelerate)\b", command):
         how = f"export {_TORCHRUN.format(seconds=warning_lead_s + _MORE_S)} before it starts"
     return (
         f"{command!r} (process {pid}), which this rank was started by, dies of {' and '.join(deadly)}, and Slurm then "
