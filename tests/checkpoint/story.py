@@ -234,9 +234,11 @@ def three_saves(root: Path) -> RunDirectory:
 
 
 def two_attempts(world, run):
-    """Have a run's two attempts save: steps 20 and 30 refer to the ones before, 40 and 60 to none of them."""
+    """Have a run's two attempts save, and return them: steps 20 and 30 refer to the ones before, 40 and 60 to none of them."""
+    attempts = []
     for steps in ((10, 20, 30), (40, 60)):
-        attempt = begin(world, run, [])
+        attempts.append(begin(world, run, []))
         for step in steps:
-            attempt.save(step)
-        attempt.close()
+            attempts[-1].save(step)
+        attempts[-1].close()
+    return attempts

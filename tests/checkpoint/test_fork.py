@@ -22,23 +22,9 @@ from hpc_resume.provenance.source import read_source
 from hpc_resume.provenance.sources import Sources
 from hpc_resume.rundir import RunDirectory, checkpoint_step, sealed
 from tests.checkpoint.faulty import Faulty, Killed
-from tests.checkpoint.story import UNSYNCED, World, begin, two_attempts
+from tests.checkpoint.story import UNSYNCED, World, begin
 
 WORLD = World(2)
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory):
-    base = tmp_path_factory.mktemp("origin")
-    run = RunDirectory(base / "run")
-    two_attempts(WORLD, run)
-    return base
-
-
-@pytest.fixture
-def run(origin, tmp_path):
-    shutil.copytree(origin / "run", tmp_path / "run")
-    return RunDirectory(tmp_path / "run")
 
 
 def steps(names):

@@ -15,32 +15,22 @@ from hpc_resume.errors import CheckpointNotFound, IntegrityError, UsageError
 from hpc_resume.rundir import RunDirectory, checkpoint_step
 from hpc_resume.untrusted import read_regular
 from tests.checkpoint.faulty import Faulty, Killed
-from tests.checkpoint.story import World, begin
+from tests.checkpoint.story import World, begin, two_attempts
 
 WORLD = World(2)
 
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory):
-    """Steps 10 to 30 refer to 10; then comes another attempt: 40 is whole, 60 refers to it."""
+    """Steps 10 to 30 refer to 10; then comes another attempt: 40 is whole, 60 refers to it. Journals say so."""
     base = tmp_path_factory.mktemp("origin")
     run = RunDirectory(base / "run")
-    for steps in ((10, 20, 30), (40, 60)):
-        attempt = begin(WORLD, run, [])
-        for step in steps:
-            attempt.save(step)
-        attempt.close()
+    for attempt in two_attempts(WORLD, run):
         journal = run.attempt(attempt.number) / "events.jsonl"
         saved = [{"event": "saved", "checkpoint": name} for name in attempt.promised]
         last = {"t": 1.0, "event": "ended", "decision": "continue", "why": "time limit"}
         journal.write_text("".join(json.dumps(each) + "\n" for each in [*saved, last]))
     return base
-
-
-@pytest.fixture
-def run(origin, tmp_path):
-    shutil.copytree(origin / "run", tmp_path / "run")
-    return RunDirectory(tmp_path / "run")
 
 
 def steps(names):

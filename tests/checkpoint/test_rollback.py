@@ -23,24 +23,10 @@ from hpc_resume.report.checkpoints import find_checkpoint, list_checkpoints
 from hpc_resume.rollbacks import Rollback, active_names, path_of, read_rollbacks, set_aside
 from hpc_resume.rundir import RunDirectory, checkpoint_step
 from tests.checkpoint.faulty import Faulty, Killed
-from tests.checkpoint.story import UNSYNCED, World, begin, two_attempts
+from tests.checkpoint.story import UNSYNCED, World, begin
 
 WORLD = World(2)
 WHY = "the loss went up"
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory):
-    base = tmp_path_factory.mktemp("origin")
-    run = RunDirectory(base / "run")
-    two_attempts(WORLD, run)
-    return base
-
-
-@pytest.fixture
-def run(origin, tmp_path):
-    shutil.copytree(origin / "run", tmp_path / "run")
-    return RunDirectory(tmp_path / "run")
 
 
 def steps(names):
