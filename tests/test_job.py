@@ -147,7 +147,7 @@ def test_runs_that_are_alive_are_not_submitted_twice_and_cancelled_for_good(here
     assert sweep["lr=1"].state in {"PENDING", "RUNNING"}
     with monkeypatch.context() as patch:
         refusing(patch, sweep["lr=1"].id)
-        with pytest.raises(SchedulerError, match=r"^job \w+: scancel was refused: try later$"):
+        with pytest.raises(SchedulerError, match=r"^job \S+: scancel was refused: try later$"):
             Sweep(sweep.folder).cancel()
     assert [more[name].wait(60) for name in ("lr=3", "lr=4")] == ["CANCELLED", "CANCELLED"]
     Sweep(sweep.folder).cancel()
