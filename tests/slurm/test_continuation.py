@@ -570,6 +570,7 @@ def test_three_that_requeue_give_one_attempt(scenarios, way):
 
 def test_a_requeue_by_slurm_and_a_successor_do_not_run_at_once(scenarios):
     run = scenarios(requeued_by_slurm_too, "chain")
+    assert len(run.records()) == 3, (run.records(), run.answers, run.log)
     first, second, third = run.records()
     assert (second["job"], second["restart"]) == (first["job"], 1)
     assert third["job"] != first["job"]
@@ -587,6 +588,7 @@ def test_of_two_successors_one_goes_on(scenarios):
 def test_a_run_is_submitted_again_once(scenarios):
     run = scenarios(resubmitted, "login")
     assert run.early == f"job {run.id} is RUNNING"
+    assert len(run.records()) == 3, (run.records(), run.answers, run.log)
     first, second, third = run.records()
     assert len({record["job"] for record in run.records()}) == 3
     assert {record["chain"] for record in run.records()} == {run.id}
