@@ -1,8 +1,8 @@
 """The processes that have started a rank inside a job: Slurm signals them, too, and some die of it.
 
 A shell without ``exec``, or torchrun, stands between ``srun`` and the ranks. Slurm sends a job's signals to all of
-its processes; when the one that ``srun`` has started is gone, the step is over, and its ranks are killed at once
-(measured), in the midst of the save that the signal was to bring.
+its processes; when the one that ``srun`` has started is gone, the step is over, and its ranks lose the
+save that the signal was to bring (seen with torchrun, 22.05).
 """
 
 from __future__ import annotations
